@@ -1,4 +1,4 @@
-"""What every package's configuration stands on: errors for users, canonical digests, typed (de)serialisation, the home."""
+"""What every configuration stands on: errors for users, digests, typed (de)serialisation, the home."""
 
 import dataclasses
 import difflib
@@ -122,7 +122,7 @@ def to_dict(value: Any) -> Any:
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(k): to_dict(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [to_dict(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
