@@ -1,0 +1,180 @@
+"""What a user may set in the batch pipelines. Field docstrings are the command line's help."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from infra.config import ClusterConfig, UserError
+
+CODECS = ("h264_444", "h264_420")
+
+
+def _within(flag: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UserError(f"{flag} is {value}: give a value from {low} to {high}")
+
+
+# -- record ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordConfig:
+    """Plays procedurally generated games and writes ordinary video files with sidecars."""
+
+    home: Path = Path("lampworks-home")
+    """Folder that everything is written under; videos go to its `raw/`."""
+    game: str = "coinrun"
+    """The game most episodes are played in."""
+    episodes: int = 60
+    """Episodes of the main game."""
+    side_games: tuple[str, ...] = ("jumper", "ninja", "climber")
+    """Other platformers of the same collection."""
+    side_episodes: int = 1
+    """Episodes of each side game."""
+    min_s: float = 32.0
+    """Shortest episode, in seconds of video."""
+    max_s: float = 64.0
+    """Longest episode, in seconds of video."""
+    steps_per_second: int = 20
+    """Game steps in a second of video; every 0.1 s shows an exact state of the game."""
+    rates_fps: tuple[int, ...] = (20, 30, 60)
+    """Frame rates the files are written at, drawn per episode."""
+    scales: tuple[int, ...] = (3, 4, 5)
+    """Whole factors the 64-pixel screen is enlarged by, as emulator windows do; drawn per episode."""
+    crf: int = 18
+    """x264 quality of the source videos (lower is better)."""
+    distribution_mode: Literal["easy", "hard"] = "easy"
+    """Difficulty of the generated levels."""
+    use_backgrounds: bool = True
+    """Painted backgrounds; without them the screen is plainer and learns faster."""
+    restrict_themes: bool = False
+    """One theme of walls and characters instead of many."""
+    max_hold: int = 8
+    """Longest time an action is held, in tenths of a second; the length is drawn from 1 to this."""
+    unwanted: bool = True
+    """Also write what curation must refuse: static, wrong title, broken, truncated, a copy, no sidecar."""
+    workers: int = 2
+    """Processes that play and encode."""
+    seed: int = 0
+    """Everything drawn follows from it."""
+
+    def __post_init__(self) -> None:
+        _within("--episodes", self.episodes, 0, 1_000_000)
+        _within("--side-episodes", self.side_episodes, 0, 1_000_000)
+        _within("--min-s", self.min_s, 1, 36_000)
+        _within("--max-s", self.max_s, self.min_s, 36_000)
+        _within("--steps-per-second", self.steps_per_second, 10, 240)
+        _within("--max-hold", self.max_hold, 1, 600)
+        _within("--workers", self.workers, 1, 256)
+        _within("--crf", self.crf, 0, 51)
+        if self.steps_per_second % 10:
+            raise UserError(f"--steps-per-second is {self.steps_per_second}: give a multiple of 10")
+        if not self.rates_fps or any(rate % 10 or rate <= 0 for rate in self.rates_fps):
+            raise UserError(f"--rates-fps is {self.rates_fps}: give positive multiples of 10")
+        if not self.scales or min(self.scales) < 1:
+            raise UserError(f"--scales is {self.scales}: give whole factors of at least 1")
+
+
+# -- curate ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulesConfig:
+    """Which titles are wanted: the paper's rule (Genie, section 3 and appendix B) by default. Words match whole, in any case."""
+
+    file: Path | None = None
+    """A TOML file with these keys instead of the shipped word lists (see docs/data.md)."""
+    require_sidecar: bool = True
+    """A video without a readable `.info.json` is rejected, with that reason."""
+    min_duration_s: float = 16.0
+    """Shorter videos (by their sidecar) are rejected."""
+    max_duration_s: float = 12 * 3600.0
+    """Longer videos (by their sidecar) are rejected."""
+    blocked_uploaders: tuple[str, ...] = ()
+    """Uploaders whose videos are never taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Thresholds on measured signals. None of them changes what is measured, so a new value decodes nothing again."""
+
+    max_static_share: float = 0.8
+    """Share of frames in which under 0.2% of the pixels change: above it the clip is static, a slideshow, a desktop."""
+    min_contrast: float = 6.0
+    """Standard deviation of luma (0..255) below which a frame counts as black or blank."""
+    max_black_share: float = 0.5
+    """Share of blank frames a clip may have."""
+    min_blur: float = 20.0
+    """Least variance of the Laplacian (median over the clip); lower is blurred."""
+    max_held_share: float = 0.6
+    """Share of 10 FPS slots without a new source frame: above it the source has too few frames."""
+    max_gap_s: float = 2.0
+    """Longest time without any source frame within a clip."""
+    max_cuts: int = 12
+    """Cuts within a clip. Deaths and respawns look like cuts, so only many refuse a clip."""
+    max_corrupt_share: float = 0.02
+    """Share of source frames that the decoder marked damaged."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_static_share", "max_black_share", "max_held_share", "max_corrupt_share"):
+            _within(f"--filters.{name.replace('_', '-')}", getattr(self, name), 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurateConfig:
+    """Turns a folder of source videos into clip shards of a versioned dataset."""
+
+    source: Path | None = None
+    """Folder of videos with `.info.json` sidecars; None is the home's `raw/`."""
+    home: Path = Path("lampworks-home")
+    """Folder that everything is written under; the dataset goes to `datasets/<name>`."""
+    name: str = "platformers"
+    """The dataset's name."""
+    width_px: int = 160
+    """Width of the clips."""
+    height_px: int = 90
+    """Height of the clips."""
+    fps: int = 10
+    """Frames per second of the clips."""
+    clip_frames: int = 160
+    """Frames in a clip."""
+    aspect: Literal["pad", "crop", "stretch"] = "pad"
+    """What to do with another shape: black bars, cut the edges, or stretch."""
+    codec: Literal["h264_444", "h264_420"] = "h264_444"
+    """How clips are stored; 4:2:0 saves 9% and caps quality at about 35 dB at this size."""
+    crf: int = 15
+    """x264 quality of the clips (lower is better)."""
+    rules: RulesConfig = field(default_factory=RulesConfig)
+    """Which videos are wanted, by their metadata."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """Which clips are kept, by what is seen."""
+    holdout_share: float = 0.1
+    """Share of videos in the `test` split, by a hash of the video's id: stable when videos are added."""
+    unit_s: float = 600.0
+    """Source seconds in a work unit (one shard file, one commit entry)."""
+    timeout_s: float = 120.0
+    """Longest time on one video before it becomes a dead letter; grows with length at `timeout_factor`."""
+    timeout_factor: float = 2.0
+    """Seconds allowed per second of video on top of `timeout_s`."""
+    memory_bytes: int = 2 * 2**30
+    """Address space that the decoding child may add; more makes the video a dead letter."""
+    workers: int | None = None
+    """Curating processes; None takes the machine's cores."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The Ray cluster to run on."""
+
+    def __post_init__(self) -> None:
+        _within("--width-px", self.width_px, 16, 4096)
+        _within("--height-px", self.height_px, 16, 4096)
+        _within("--fps", self.fps, 1, 60)
+        _within("--clip-frames", self.clip_frames, 2, 100_000)
+        _within("--crf", self.crf, 0, 51)
+        _within("--holdout-share", self.holdout_share, 0.0, 1.0)
+        _within("--unit-s", self.unit_s, 1, 1e6)
+        _within("--timeout-s", self.timeout_s, 0.1, 1e6)
+        if self.workers is not None:
+            _within("--workers", self.workers, 1, 100_000)
+        if self.width_px % 2 or self.height_px % 2:
+            raise UserError(f"--width-px {self.width_px} --height-px {self.height_px}: give even numbers")
+        if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
+            raise UserError(f"--name is {self.name!r}: use letters, digits, dot, dash and underscore")
