@@ -1,0 +1,271 @@
+"""The only file that knows MLflow: one run per piece of work, however often its process dies or the server is away.
+
+Everything a run says first goes into an outbox file beside the work and is sent from there. A restart opens the
+same run again (found by its key), an outage only lets the outbox grow, and nothing waits for the server.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra.config import Home, TrackingConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+KEY_TAG = "lampworks.key"
+NOTE_TAG = "mlflow.note.content"
+NOTE_LIMIT = 4500
+"""MLflow keeps 5000 characters of a tag value on every store."""
+PARAM_LIMIT = 6000
+BATCH = 800
+"""Metrics in one request; MLflow takes at most 1000."""
+RETRY_S = 15.0
+
+
+class Run:
+    """One MLflow run that outlives its processes.
+
+    Args:
+        config: which server and experiment.
+        home: its embedded store is used when the config names no server.
+        name: the run's name in MLflow.
+        key: what the run is about, such as an identity digest: the same key is the same run.
+        folder: where the outbox lives; must survive restarts.
+        send_every_s: how often the background thread sends.
+    """
+
+    def __init__(
+        self, config: TrackingConfig, home: Home, *, name: str, key: str, folder: Path, send_every_s: float = 3.0
+    ) -> None:
+        self.config, self.home, self.name, self.key, self.folder = config, home, name, key, folder
+        self.uri = config.uri or home.tracking_uri
+        folder.mkdir(parents=True, exist_ok=True)
+        self._outbox, self._state_file = folder / "tracking.jsonl", folder / "tracking.json"
+        state = json.loads(self._state_file.read_text()) if self._state_file.exists() else {}
+        self.run_id: str | None = state.get("run_id")
+        self._sent_bytes: int = state.get("sent_bytes", 0)
+        self._last_step: int = self._recorded_step()
+        self._events: list[str] = self._recorded_events()
+        self._client: MlflowClient | None = None
+        self._lock, self._send_lock, self._closed = threading.Lock(), threading.Lock(), threading.Event()
+        self._retry_at = 0.0
+        self._thread = threading.Thread(target=self._keep_sending, args=(send_every_s,), daemon=True)
+        self._thread.start()
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """The resolved configuration; nested mappings become dotted names."""
+        self._put({"kind": "params", "values": {k: str(v)[:PARAM_LIMIT] for k, v in flatten(values).items()}})
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Words about the run, such as its lineage; the newest value of a name stands."""
+        self._put({"kind": "tags", "values": dict(values)})
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one step. Steps that a run has said before its restart are not said twice."""
+        if step <= self._last_step:
+            return
+        self._last_step = step
+        finite = {k: float(v) for k, v in values.items() if np.isfinite(v)}
+        self._put({"kind": "metrics", "step": step, "values": finite})
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """Final numbers, at the last step."""
+        finite = {k: float(v) for k, v in values.items() if np.isfinite(v)}
+        self._put({"kind": "metrics", "step": max(self._last_step, 0), "values": finite})
+
+    def file(self, path: Path, to: str = "") -> None:
+        """An existing file, kept as an artifact under the folder `to`. It must stay until it is sent."""
+        self._put({"kind": "file", "path": str(path), "to": to})
+
+    def image(self, name: str, pixels: np.ndarray) -> None:
+        """A picture (H,W,3 uint8), kept as pictures/<name>.png."""
+        import matplotlib.image
+
+        path = self.folder / "pictures" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        matplotlib.image.imsave(path, pixels)
+        self.file(path, "pictures")
+
+    def figure(self, name: str, figure: "Figure") -> None:
+        """A matplotlib figure, kept as figures/<name>.svg."""
+        path = self.folder / "figures" / f"{name}.svg"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, bbox_inches="tight")
+        self.file(path, "figures")
+
+    def event(self, text: str) -> None:
+        """A line on the run's timeline: the description MLflow shows on top of the run."""
+        self._events.append(f"- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {text}")
+        while len(self._events) > 1 and len("\n".join(self._events)) > NOTE_LIMIT:
+            del self._events[1]
+        self._put({"kind": "tags", "values": {NOTE_TAG: "\n".join(self._events)}})
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Sends what is left and ends the run (FINISHED, FAILED or KILLED). What can't be sent stays in the outbox."""
+        self._put({"kind": "status", "value": status})
+        self._closed.set()
+        self._thread.join()
+        self._retry_at = 0.0
+        self.flush()
+        waiting = self._outbox.stat().st_size - self._sent_bytes
+        if waiting:
+            log.warning("tracking: %d bytes wait in %s for %s; the next run of this work sends them",
+                        waiting, self._outbox, self.uri)  # fmt: skip
+
+    def flush(self) -> bool:
+        """Sends the outbox as far as the server takes it; True when nothing is left."""
+        from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
+
+        with self._send_lock:
+            if time.monotonic() < self._retry_at:
+                return False
+            try:
+                while self._send_some():
+                    pass
+            except (MlflowException, RequestException, OSError) as error:
+                self._retry_at = time.monotonic() + RETRY_S
+                log.warning("tracking: %s does not take records (%s); they wait in %s",
+                            self.uri, str(error).split("\n")[0][:120], self._outbox)  # fmt: skip
+                return False
+            return True
+
+    def _put(self, record: dict[str, Any]) -> None:
+        line = json.dumps({"time_ms": int(time.time() * 1000), **record}) + "\n"
+        with self._lock, self._outbox.open("a") as file:
+            file.write(line)
+
+    def _keep_sending(self, every_s: float) -> None:
+        while not self._closed.wait(every_s):
+            self.flush()
+
+    def _recorded(self, kind: str) -> list[dict[str, Any]]:
+        lines = self._outbox.read_text().splitlines() if self._outbox.exists() else []
+        return [r for r in map(_parse, lines) if r is not None and r["kind"] == kind]
+
+    def _recorded_step(self) -> int:
+        return max((r["step"] for r in self._recorded("metrics")), default=-1)
+
+    def _recorded_events(self) -> list[str]:
+        notes = [r["values"][NOTE_TAG] for r in self._recorded("tags") if NOTE_TAG in r["values"]]
+        return notes[-1].split("\n") if notes else []
+
+    def _send_some(self) -> bool:
+        """One batch of whole lines; False when the outbox is empty."""
+        if not self._outbox.exists():
+            return False
+        with self._outbox.open("rb") as file:
+            file.seek(self._sent_bytes)
+            lines = file.readlines(1 << 18)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        if not whole:
+            return False
+        client = self._connected()
+        metrics: list[tuple[str, float, int, int]] = []
+        tags: dict[str, str] = {}
+        for record in (r for r in map(_parse, whole) if r is not None):
+            if record["kind"] == "metrics":
+                metrics += [(k, v, record["time_ms"], record["step"]) for k, v in record["values"].items()]
+            elif record["kind"] == "tags":
+                tags |= record["values"]
+            else:
+                self._send(client, record)
+        self._send_batches(client, metrics, tags)
+        self._sent_bytes += sum(map(len, whole))
+        self._save_state()
+        return True
+
+    def _send_batches(
+        self, client: "MlflowClient", rows: list[tuple[str, float, int, int]], tags: dict[str, str]
+    ) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        if tags:
+            client.log_batch(self._id(), tags=[RunTag(k, v) for k, v in tags.items()])
+        for start in range(0, len(rows), BATCH):
+            client.log_batch(self._id(), metrics=[Metric(*row) for row in rows[start : start + BATCH]])
+
+    def _send(self, client: "MlflowClient", record: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        match record["kind"]:
+            case "params":
+                known = client.get_run(self._id()).data.params  # MLflow refuses to change a parameter
+                fresh = [Param(k, v) for k, v in record["values"].items() if k not in known]
+                for start in range(0, len(fresh), 100):
+                    client.log_batch(self._id(), params=fresh[start : start + 100])
+            case "file" if Path(record["path"]).exists():
+                client.log_artifact(self._id(), record["path"], record["to"] or None)
+            case "status":
+                client.set_terminated(self._id(), record["value"])
+
+    def _id(self) -> str:
+        if self.run_id is None:
+            raise ValueError("the run is created when it is connected")
+        return self.run_id
+
+    def _connected(self) -> "MlflowClient":
+        """The client, with the run found by its key or created."""
+        if self._client is not None:
+            return self._client
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new store tells of every migration
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        client = MlflowClient(tracking_uri=self.uri)
+        experiment = self._experiment(client)
+        if self.run_id is None:
+            found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{self.key}'", max_results=1)
+            tags = {KEY_TAG: self.key}
+            run = found[0] if found else client.create_run(experiment, run_name=self.name, tags=tags)
+            self.run_id = run.info.run_id
+            self._save_state()
+        client.update_run(self.run_id, status="RUNNING")
+        self._client = client
+        return client
+
+    def _experiment(self, client: "MlflowClient") -> str:
+        found = client.get_experiment_by_name(self.config.experiment)
+        if found is not None:
+            return found.experiment_id
+        files = None if self.config.uri else (self.home.path / "mlartifacts").as_uri()
+        return client.create_experiment(self.config.experiment, artifact_location=files)
+
+    def _save_state(self) -> None:
+        temporary = self._state_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"run_id": self.run_id, "sent_bytes": self._sent_bytes}))
+        temporary.replace(self._state_file)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} to {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _parse(line: str | bytes) -> dict[str, Any] | None:
+    """A record, or None for the torn last line of a killed process."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
