@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from infra.config import ClusterConfig, UserError
+from infra.config import ClusterConfig, TrackingConfig, UserError
+from models.config import SamplerConfig
 
 CODECS = ("h264_444", "h264_420")
 
@@ -80,7 +81,7 @@ class RecordConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RulesConfig:
-    """Which titles are wanted: the paper's rule (Genie, section 3 and appendix B) by default. Words match whole, in any case."""
+    """Which titles are wanted: the paper's rule (Genie, section 3) by default. Words match whole, in any case."""
 
     file: Path | None = None
     """A TOML file with these keys instead of the shipped word lists (see docs/data.md)."""
@@ -178,3 +179,52 @@ class CurateConfig:
             raise UserError(f"--width-px {self.width_px} --height-px {self.height_px}: give even numbers")
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
             raise UserError(f"--name is {self.name!r}: use letters, digits, dot, dash and underscore")
+
+
+# -- evaluate and report -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measures a world on clips that no training saw."""
+
+    home: Path = Path("lampworks-home")
+    """Folder that everything is written under."""
+    world: str = "world"
+    """The world to measure, `name` or `name@version`."""
+    dataset: str | None = None
+    """Dataset with the held-out clips, `name@version`; None is the one that the world learned from."""
+    clips: int = 128
+    """Held-out windows to measure on. More give narrower intervals and take longer."""
+    prompts: int = 8
+    """Frames from which every action is held, to see what it does."""
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(steps=8))
+    """How frames are drawn."""
+    batch: int = 64
+    """Windows, and rollouts, at a time; memory grows with it, results do not depend on it."""
+    device: str = "cpu"
+    """Device to compute on, such as cpu or cuda."""
+    seed: int = 0
+    """Of the chosen windows, the permuted actions, the sampler's noise and the bootstrap."""
+
+    def __post_init__(self) -> None:
+        _within("--clips", self.clips, 2, 1_000_000)
+        _within("--prompts", self.prompts, 1, 10_000)
+        _within("--batch", self.batch, 1, 100_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Writes one self-contained HTML page about a world: data, training, measures, lineage."""
+
+    home: Path = Path("lampworks-home")
+    """Folder that everything is written under; the page goes to its `reports/`."""
+    evaluation: str = "world-evaluation"
+    """The evaluation to report, `name` or `name@version`."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the training curves are."""
+    pictures: int = 24
+    """Most pictures on a contact sheet of clips or videos."""
+
+    def __post_init__(self) -> None:
+        _within("--pictures", self.pictures, 1, 1000)
