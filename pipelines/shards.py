@@ -1,0 +1,417 @@
+"""Clip shards and the ledger of videos: their schemas, their atomic commits, their versions.
+
+A dataset is a folder with two Delta tables over plain Parquet, `clips` (one row a clip, with its mp4 bytes) and
+`videos` (one row a source video, with outcome and reason). A unit's clips are committed before its ledger rows, each
+idempotently under the unit's id, and the ledger's commit names the clips' version it belongs to: so the ledger's commit
+is the one moment at which a unit begins to exist, and a dataset's version is the ledger's version.
+**The ledger is the keep list**: a clip belongs to a version if the ledger there keeps its video and does not drop it.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import DeltaTable, Schema
+from deltalake.exceptions import TableNotFoundError
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction, create_table_with_add_actions
+
+from infra.config import Home, UserError
+
+KEPT = ("kept", "partial")
+OUTCOMES = (*KEPT, "rejected", "duplicate", "dead_letter")
+ROW_GROUP = 8
+CHECKPOINT_EVERY = 20
+
+_SIGNALS = [
+    ("held_share", pa.float32()),
+    ("max_gap_ms", pa.int32()),
+    ("motion", pa.float32()),
+    ("static_share", pa.float32()),
+    ("black_share", pa.float32()),
+    ("contrast", pa.float32()),
+    ("blur", pa.float32()),
+    ("letterbox", pa.float32()),
+    ("cut_frames", pa.list_(pa.int32())),
+]
+WINDOW = pa.struct([("start_s", pa.float64()), ("clip_id", pa.string()), ("reason", pa.string()), *_SIGNALS])
+SOURCE_FIELDS = [
+    ("source_codec", pa.string()),
+    ("source_fps", pa.float32()),
+    ("source_width_px", pa.int32()),
+    ("source_height_px", pa.int32()),
+    ("title", pa.string()),
+    ("uploader", pa.string()),
+    ("webpage_url", pa.string()),
+]
+CLIP_SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("video_id", pa.string()),
+        ("unit_id", pa.string()),
+        ("split", pa.string()),
+        ("start_s", pa.float64()),
+        ("fps", pa.int32()),
+        ("n_frames", pa.int32()),
+        ("width_px", pa.int32()),
+        ("height_px", pa.int32()),
+        ("codec", pa.string()),
+        ("video", pa.large_binary()),
+        *_SIGNALS,
+        ("phash", pa.list_(pa.int64())),
+        *SOURCE_FIELDS,
+        ("actions", pa.list_(pa.int16())),
+        ("config_digest", pa.string()),
+    ]
+)
+VIDEO_SCHEMA = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("video_id", pa.string()),
+        ("unit_id", pa.string()),
+        ("split", pa.string()),
+        ("outcome", pa.string()),
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("clips", pa.int32()),
+        ("dropped_clips", pa.list_(pa.string())),
+        ("size_bytes", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("content_digest", pa.string()),
+        ("frames_digest", pa.string()),
+        ("duration_s", pa.float64()),
+        ("seconds", pa.float32()),
+        ("corrupt_share", pa.float32()),
+        ("windows", pa.list_(WINDOW)),
+        *SOURCE_FIELDS,
+        ("preview", pa.large_binary()),
+        ("config_digest", pa.string()),
+    ]
+)
+_UNCOMPRESSED = {"video", "preview"}
+
+
+class DatasetError(UserError):
+    """A dataset, version or table that is not there or does not fit."""
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def write_shard(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """Writes rows as one Parquet file, on disk before it has its name: readers see all of it or nothing."""
+    table = pa.Table.from_pylist(rows, schema=schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    pq.write_table(
+        table,
+        draft,
+        row_group_size=ROW_GROUP if "video" in schema.names else 4096,
+        use_dictionary=False,
+        compression={name: "none" if name in _UNCOMPRESSED else "zstd" for name in _leaves(schema)},
+        data_page_size=1 << 16,
+    )
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _leaves(schema: pa.Schema) -> Iterable[str]:
+    """Parquet's dotted names of the leaf columns."""
+    for field in schema:
+        yield from _leaf_names(field.name, field.type)
+
+
+def _leaf_names(name: str, kind: pa.DataType) -> Iterable[str]:
+    if pa.types.is_list(kind):
+        yield from _leaf_names(f"{name}.list.element", kind.value_type)
+    elif pa.types.is_struct(kind):
+        for field in kind:
+            yield from _leaf_names(f"{name}.{field.name}", field.type)
+    else:
+        yield name
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Two finished files that wait for their commit; the clips' file is None when nothing was kept."""
+
+    unit_id: str
+    clips: Path | None
+    videos: Path
+
+
+class Writer:
+    """The one that commits to a dataset. Only one process may hold it (`curate` takes a lock)."""
+
+    def __init__(self, folder: Path, config_digest: str = "") -> None:
+        self.folder = folder
+        self.config_digest = config_digest
+
+    def committed(self) -> set[str]:
+        """Ids of the units that exist."""
+        table = _table(self.folder / "videos")
+        if table is None:
+            return set()
+        return {u for f in _files(table, self.folder / "videos") for u in _column(f, "unit_id")}
+
+    def commit(self, units: list[Unit], message: str = "units") -> int:
+        """Commits finished units together; a unit that is there already is passed over.
+
+        Returns:
+            The dataset's version.
+        """
+        clips, videos = _table(self.folder / "clips"), _table(self.folder / "videos")
+        new_clips = [u for u in units if u.clips is not None and not _knows(clips, u.unit_id)]
+        clips_version = clips.version() if clips is not None else -1
+        if new_clips or clips is None:
+            files = [(u.unit_id, u.clips) for u in new_clips if u.clips is not None]
+            clips_version = self._append("clips", CLIP_SCHEMA, clips, files, {"message": message})
+        new_videos = [(u.unit_id, u.videos) for u in units if not _knows(videos, u.unit_id)]
+        if not new_videos and videos is not None:
+            return videos.version()
+        facts = {"message": message, "clips_version": str(clips_version), "config_digest": self.config_digest}
+        return self._append("videos", VIDEO_SCHEMA, videos, new_videos, facts)
+
+    def _append(
+        self,
+        name: str,
+        schema: pa.Schema,
+        table: DeltaTable | None,
+        files: list[tuple[str, Path]],
+        facts: dict[str, str],
+    ) -> int:
+        root = self.folder / name
+        adds: list[AddAction | RemoveAction] = [_add(root, path) for _, path in files]
+        marks = [Transaction(app_id=unit, version=1) for unit, _ in files]
+        properties = CommitProperties(custom_metadata=facts, app_transactions=marks)
+        if table is None:
+            root.mkdir(parents=True, exist_ok=True)
+            create_table_with_add_actions(
+                str(root),
+                Schema.from_arrow(schema),
+                [_add(root, path) for _, path in files],
+                mode="error",
+                name=name,
+                commit_properties=properties,
+            )
+            return 0
+        table.create_write_transaction(
+            adds, mode="append", schema=Schema.from_arrow(schema), commit_properties=properties
+        )
+        table.update_incremental()
+        if table.version() % CHECKPOINT_EVERY == 0:
+            table.create_checkpoint()
+        return table.version()
+
+
+def _knows(table: DeltaTable | None, unit_id: str) -> bool:
+    return table is not None and table.transaction_version(unit_id) is not None
+
+
+def _add(root: Path, path: Path) -> AddAction:
+    facts = path.stat()
+    rows = pq.read_metadata(path).num_rows
+    stats = json.dumps({"numRecords": rows})
+    return AddAction(str(path.relative_to(root)), facts.st_size, {}, int(facts.st_mtime * 1000), True, stats)
+
+
+def _table(root: Path, version: int | None = None) -> DeltaTable | None:
+    try:
+        return DeltaTable(str(root), version=version)
+    except TableNotFoundError:
+        return None
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a dataset as `lampworks show` lists it."""
+
+    number: int
+    created: str
+    message: str
+    config_digest: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset at one version; reads are repeatable whatever is committed meanwhile.
+
+    Attributes:
+        folder: `datasets/<name>` of the home.
+        version: the ledger's Delta version.
+        clips_version: the clips table's version that belongs to it.
+    """
+
+    folder: Path
+    version: int
+    clips_version: int
+
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+        return self.folder.name
+
+    @property
+    def reference(self) -> str:
+        """`name@version`: what a training names as its parent."""
+        return f"{self.name}@{self.version}"
+
+    def video_table(self, columns: list[str] | None = None) -> pa.Table:
+        """The ledger: one row a source video, sorted by its uri."""
+        return _read(_files_at(self.folder / "videos", self.version), VIDEO_SCHEMA, columns, "uri")
+
+    def clip_files(self) -> list[Path]:
+        """The Parquet files of the clips table, sorted."""
+        return _files_at(self.folder / "clips", self.clips_version)
+
+    def clip_table(self, columns: list[str] | None = None, split: str | None = None) -> pa.Table:
+        """Rows of the clips that belong to this version, sorted by clip id.
+
+        Args:
+            columns: which; all of them, mp4 bytes included, by default.
+            split: "train", "test", or both.
+        """
+        wanted = columns or CLIP_SCHEMA.names
+        table = _read(
+            self.clip_files(), CLIP_SCHEMA, [*dict.fromkeys([*wanted, "clip_id", "video_id", "split"])], "clip_id"
+        )
+        return table.filter(self._belongs(split)).select(wanted)
+
+    def index(self, split: str | None = None) -> pa.Table:
+        """Where every clip lies: clip_id, video_id, file, row_group, row, n_frames, cut_frames; sorted by clip id."""
+        columns = ["clip_id", "video_id", "split", "n_frames", "cut_frames"]
+        parts = [_placed(path, columns) for path in self.clip_files()]
+        if not parts:
+            raise DatasetError(
+                f"dataset {self.reference} has no clips: see its ledger with `lampworks show {self.name}`"
+            )
+        table = pa.concat_tables(parts).sort_by("clip_id")
+        table = table.filter(self._belongs(split))
+        return table.select(["clip_id", "video_id", "file", "row_group", "row", "n_frames", "cut_frames"])
+
+    def read_clips(self, rows: pa.Table, column: str = "video") -> list[bytes]:
+        """The stored mp4 bytes of index rows, in their order; one row group is read for each."""
+        out: list[bytes] = []
+        for row in rows.select(["file", "row_group", "row"]).to_pylist():
+            file = pq.ParquetFile(self.folder / "clips" / row["file"], memory_map=True)
+            out.append(file.read_row_group(row["row_group"], columns=[column])[column][row["row"]].as_py())
+        return out
+
+    def _belongs(self, split: str | None) -> pc.Expression:
+        kept, dropped = self._keep_list
+        mask = pc.field("video_id").isin(kept) & ~pc.field("clip_id").isin(dropped)
+        return mask & (pc.field("split") == split) if split else mask
+
+    @cached_property
+    def _keep_list(self) -> tuple[list[str], list[str]]:
+        ledger = self.video_table(["video_id", "outcome", "dropped_clips"]).to_pylist()
+        kept = [row for row in ledger if row["outcome"] in KEPT]
+        return [row["video_id"] for row in kept], [c for row in kept for c in row["dropped_clips"] or ()]
+
+
+def open_dataset(home: Home | Path, reference: str) -> Dataset:
+    """Opens `name` (its newest version) or `name@version`.
+
+    Raises:
+        DatasetError: no such dataset or version.
+    """
+    root = home.datasets if isinstance(home, Home) else Home(home).datasets
+    name, _, number = reference.partition("@")
+    folder = root / name
+    newest = _table(folder / "videos") if name else None
+    if newest is None:
+        raise DatasetError(f"no dataset {name!r} in {root}: {_near(root, name)}")
+    version = newest.version() if not number else _number(reference, number, newest.version())
+    return Dataset(folder, version, _clips_version(folder, version))
+
+
+def versions(home: Home | Path, name: str) -> list[Version]:
+    """Every version of a dataset, oldest first.
+
+    Raises:
+        DatasetError: no such dataset.
+    """
+    dataset = open_dataset(home, name)
+    table = _table(dataset.folder / "videos")
+    entries = table.history() if table is not None else []
+    return sorted((_version(e) for e in entries), key=lambda v: v.number)
+
+
+def _version(entry: dict[str, Any]) -> Version:
+    created = datetime.fromtimestamp(entry["timestamp"] / 1000, UTC).isoformat(timespec="seconds")
+    return Version(entry["version"], created, entry.get("message", ""), entry.get("config_digest", ""))
+
+
+def _number(reference: str, number: str, newest: int) -> int:
+    text = number.removeprefix("v")
+    if not text.isdigit() or int(text) > newest:
+        raise DatasetError(f"no version {reference}: the newest is {reference.partition('@')[0]}@{newest}")
+    return int(text)
+
+
+def _near(root: Path, name: str) -> str:
+    known = sorted(p.name for p in root.iterdir() if (p / "videos").is_dir()) if root.is_dir() else []
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"there are {', '.join(known)}" if known else "make one with `lampworks curate`"
+
+
+def _clips_version(folder: Path, version: int) -> int:
+    """From the ledger commit's own entry in the log."""
+    path = folder / "videos" / "_delta_log" / f"{version:020d}.json"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        info = json.loads(line).get("commitInfo")
+        if info and "clips_version" in info:
+            return int(info["clips_version"])
+    raise DatasetError(f"{path} names no clips version: it was not written by lampworks")
+
+
+def _files(table: DeltaTable, root: Path) -> list[Path]:
+    return sorted(root / Path(uri).name for uri in table.file_uris())
+
+
+def _placed(path: Path, columns: list[str]) -> pa.Table:
+    """Columns of one shard with the place of each row: file, row_group, row."""
+    file = pq.ParquetFile(path)
+    sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+    groups = [g for g, size in enumerate(sizes) for _ in range(size)]
+    rows = [r for size in sizes for r in range(size)]
+    table = file.read(columns=columns)
+    table = table.append_column("file", pa.array([path.name] * len(rows), pa.string()))
+    table = table.append_column("row_group", pa.array(groups, pa.int32()))
+    return table.append_column("row", pa.array(rows, pa.int32()))
+
+
+def _column(file: Path, name: str) -> list[Any]:
+    return pq.read_table(file, columns=[name])[name].to_pylist()
+
+
+def _files_at(root: Path, version: int) -> list[Path]:
+    table = _table(root, version)
+    if table is None:
+        raise DatasetError(f"{root} is no Delta table")
+    return _files(table, root)
+
+
+def _read(files: list[Path], schema: pa.Schema, columns: list[str] | None, key: str) -> pa.Table:
+    wanted = columns or schema.names
+    needed = [*dict.fromkeys([*wanted, key])]
+    unknown = [c for c in needed if c not in schema.names]
+    if unknown:
+        raise DatasetError(f"no column {unknown[0]!r}: there are {', '.join(schema.names)}")
+    empty = pa.schema([schema.field(c) for c in needed]).empty_table()
+    return pa.concat_tables([empty, *(pq.read_table(f, columns=needed) for f in files)]).sort_by(key).select(wanted)
