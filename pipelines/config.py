@@ -381,7 +381,7 @@ class TrainConfig:
     max_failures: int = 3
     """Worker losses that one command survives."""
     skip_budget: int = 20
-    """Steps with non-finite loss or gradients that may be skipped; past it, back to a checkpoint, around those samples."""
+    """Steps with non-finite loss or gradients that may be skipped; past it, back to a checkpoint, around the samples."""
     seed: int = 0
     """Order of samples, initial weights and every random draw follow from it."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -107,7 +107,7 @@ class DatasetError(UserError):
 # -- writing -----------------------------------------------------------------------------------------------------
 
 
-def write_shard(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+def write_shard(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, row_group: int | None = None) -> None:
     """Writes rows as one Parquet file, on disk before it has its name: readers see all of it or nothing."""
     table = pa.Table.from_pylist(rows, schema=schema)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def write_shard(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> No
     pq.write_table(
         table,
         draft,
-        row_group_size=ROW_GROUP if "video" in schema.names else 4096,
+        row_group_size=row_group or (ROW_GROUP if "video" in schema.names else 4096),
         use_dictionary=False,
         compression={name: "none" if name in _UNCOMPRESSED else "zstd" for name in _leaves(schema)},
         data_page_size=1 << 16,
@@ -159,10 +159,10 @@ class Writer:
 
     def committed(self) -> set[str]:
         """Ids of the units that exist."""
-        table = _table(self.folder / "videos")
+        table = delta_table(self.folder / "videos")
         if table is None:
             return set()
-        return {u for f in _files(table, self.folder / "videos") for u in _column(f, "unit_id")}
+        return {u for f in table_files(table, self.folder / "videos") for u in _column(f, "unit_id")}
 
     def commit(self, units: list[Unit], message: str = "units") -> int:
         """Commits finished units together; a unit that is there already is passed over.
@@ -170,48 +170,50 @@ class Writer:
         Returns:
             The dataset's version.
         """
-        clips, videos = _table(self.folder / "clips"), _table(self.folder / "videos")
+        clips, videos = delta_table(self.folder / "clips"), delta_table(self.folder / "videos")
         new_clips = [u for u in units if u.clips is not None and not _knows(clips, u.unit_id)]
         clips_version = clips.version() if clips is not None else -1
         if new_clips or clips is None:
             files = [(u.unit_id, u.clips) for u in new_clips if u.clips is not None]
-            clips_version = self._append("clips", CLIP_SCHEMA, clips, files, {"message": message})
+            clips_version = append(self.folder / "clips", CLIP_SCHEMA, clips, files, {"message": message})
         new_videos = [(u.unit_id, u.videos) for u in units if not _knows(videos, u.unit_id)]
         if not new_videos and videos is not None:
             return videos.version()
         facts = {"message": message, "clips_version": str(clips_version), "config_digest": self.config_digest}
-        return self._append("videos", VIDEO_SCHEMA, videos, new_videos, facts)
+        return append(self.folder / "videos", VIDEO_SCHEMA, videos, new_videos, facts)
 
-    def _append(
-        self,
-        name: str,
-        schema: pa.Schema,
-        table: DeltaTable | None,
-        files: list[tuple[str, Path]],
-        facts: dict[str, str],
-    ) -> int:
-        root = self.folder / name
-        adds: list[AddAction | RemoveAction] = [_add(root, path) for _, path in files]
-        marks = [Transaction(app_id=unit, version=1) for unit, _ in files]
-        properties = CommitProperties(custom_metadata=facts, app_transactions=marks)
-        if table is None:
-            root.mkdir(parents=True, exist_ok=True)
-            create_table_with_add_actions(
-                str(root),
-                Schema.from_arrow(schema),
-                [_add(root, path) for _, path in files],
-                mode="error",
-                name=name,
-                commit_properties=properties,
-            )
-            return 0
-        table.create_write_transaction(
-            adds, mode="append", schema=Schema.from_arrow(schema), commit_properties=properties
+
+def append(
+    root: Path,
+    schema: pa.Schema,
+    table: DeltaTable | None,
+    files: list[tuple[str, Path]],
+    facts: dict[str, str],
+) -> int:
+    """Commits finished files under `root`, each with the id of its unit; makes the table if it is None.
+
+    Returns:
+        The table's version.
+    """
+    adds: list[AddAction | RemoveAction] = [_add(root, path) for _, path in files]
+    marks = [Transaction(app_id=unit, version=1) for unit, _ in files]
+    properties = CommitProperties(custom_metadata=facts, app_transactions=marks)
+    if table is None:
+        root.mkdir(parents=True, exist_ok=True)
+        create_table_with_add_actions(
+            str(root),
+            Schema.from_arrow(schema),
+            [_add(root, path) for _, path in files],
+            mode="error",
+            name=root.name,
+            commit_properties=properties,
         )
-        table.update_incremental()
-        if table.version() % CHECKPOINT_EVERY == 0:
-            table.create_checkpoint()
-        return table.version()
+        return 0
+    table.create_write_transaction(adds, mode="append", schema=Schema.from_arrow(schema), commit_properties=properties)
+    table.update_incremental()
+    if table.version() % CHECKPOINT_EVERY == 0:
+        table.create_checkpoint()
+    return table.version()
 
 
 def _knows(table: DeltaTable | None, unit_id: str) -> bool:
@@ -225,7 +227,8 @@ def _add(root: Path, path: Path) -> AddAction:
     return AddAction(str(path.relative_to(root)), facts.st_size, {}, int(facts.st_mtime * 1000), True, stats)
 
 
-def _table(root: Path, version: int | None = None) -> DeltaTable | None:
+def delta_table(root: Path, version: int | None = None) -> DeltaTable | None:
+    """The Delta table in a folder, or None when there is none."""
     try:
         return DeltaTable(str(root), version=version)
     except TableNotFoundError:
@@ -293,7 +296,7 @@ class Dataset:
     def index(self, split: str | None = None) -> pa.Table:
         """Where every clip lies: clip_id, video_id, file, row_group, row, n_frames, cut_frames; sorted by clip id."""
         columns = ["clip_id", "video_id", "split", "n_frames", "cut_frames"]
-        parts = [_placed(path, columns) for path in self.clip_files()]
+        parts = [placed(path, columns) for path in self.clip_files()]
         if not parts:
             raise DatasetError(
                 f"dataset {self.reference} has no clips: see its ledger with `lampworks show {self.name}`"
@@ -331,7 +334,7 @@ def open_dataset(home: Home | Path, reference: str) -> Dataset:
     root = home.datasets if isinstance(home, Home) else Home(home).datasets
     name, _, number = reference.partition("@")
     folder = root / name
-    newest = _table(folder / "videos") if name else None
+    newest = delta_table(folder / "videos") if name else None
     if newest is None:
         raise DatasetError(f"no dataset {name!r} in {root}: {_near(root, name)}")
     version = newest.version() if not number else _number(reference, number, newest.version())
@@ -345,7 +348,7 @@ def versions(home: Home | Path, name: str) -> list[Version]:
         DatasetError: no such dataset.
     """
     dataset = open_dataset(home, name)
-    table = _table(dataset.folder / "videos")
+    table = delta_table(dataset.folder / "videos")
     entries = table.history() if table is not None else []
     return sorted((_version(e) for e in entries), key=lambda v: v.number)
 
@@ -380,11 +383,12 @@ def _clips_version(folder: Path, version: int) -> int:
     raise DatasetError(f"{path} names no clips version: it was not written by lampworks")
 
 
-def _files(table: DeltaTable, root: Path) -> list[Path]:
+def table_files(table: DeltaTable, root: Path) -> list[Path]:
+    """The Parquet files of a Delta table, sorted."""
     return sorted(root / Path(uri).name for uri in table.file_uris())
 
 
-def _placed(path: Path, columns: list[str]) -> pa.Table:
+def placed(path: Path, columns: list[str]) -> pa.Table:
     """Columns of one shard with the place of each row: file, row_group, row."""
     file = pq.ParquetFile(path)
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
@@ -401,10 +405,10 @@ def _column(file: Path, name: str) -> list[Any]:
 
 
 def _files_at(root: Path, version: int) -> list[Path]:
-    table = _table(root, version)
+    table = delta_table(root, version)
     if table is None:
         raise DatasetError(f"{root} is no Delta table")
-    return _files(table, root)
+    return table_files(table, root)
 
 
 def _read(files: list[Path], schema: pa.Schema, columns: list[str] | None, key: str) -> pa.Table:
