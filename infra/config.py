@@ -170,3 +170,24 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if hint is Path:
         return Path(value)
     return float(value) if hint is float and isinstance(value, int) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Shows what is there; changes nothing."""
+
+    what: str = ""
+    """Empty: every dataset and artifact. `NAME` or `NAME@VERSION` of one: its versions or its record and lineage.
+    `preset`: a preset's parameters beside the paper's."""
+    name: str = ""
+    """The preset, after `preset`."""
+    home: Path = Path("lampworks-home")
+    """Folder that everything is written under."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Checks Python, packages, programs, memory and disk, and says the fix."""
+
+    install: bool = False
+    """Install missing programs with apt-get where this runs as root."""

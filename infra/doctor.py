@@ -1,15 +1,15 @@
 """Checks this machine and says the fix: `lampworks doctor`, or `python -m infra.doctor --install` from make setup."""
 
-import argparse
 import importlib.util
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from infra.config import DoctorConfig
 
 log = logging.getLogger("infra.doctor")
 
@@ -80,22 +80,19 @@ def examine() -> list[Finding]:
     return findings
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`--install` installs what it can; without it, a line for every finding. The exit code counts nothing as fatal."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--install", action="store_true", help="install missing programs with apt-get where root")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if parser.parse_args(arguments).install:
+def run(config: DoctorConfig) -> int:
+    """A line for every finding, or the installation of what is missing; returns the exit code."""
+    if config.install:
         for program in install_programs():
             log.warning("missing: %s (%s): install Debian's %s", program.command, program.used_for, program.package)
         return 0
     findings = examine()
     for finding in findings:
-        log.info(
-            "%s %s%s", "ok  " if finding.well else "MEND", finding.what, "" if finding.well else f" -> {finding.fix}"
-        )
+        fix = "" if finding.well else f" -> {finding.fix}"
+        log.info("%s %s%s", "ok  " if finding.well else "MEND", finding.what, fix)
     return 0 if all(f.well for f in findings) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sys.exit(run(DoctorConfig(install="--install" in sys.argv)))

@@ -101,10 +101,8 @@ class FilterConfig:
 
     max_static_share: float = 0.8
     """Share of frames in which under 0.2% of the pixels change: above it the clip is static, a slideshow, a desktop."""
-    min_contrast: float = 6.0
-    """Standard deviation of luma (0..255) below which a frame counts as black or blank."""
     max_black_share: float = 0.5
-    """Share of blank frames a clip may have."""
+    """Share of blank frames (hardly any contrast; dark games have it) a clip may have."""
     min_blur: float = 20.0
     """Least variance of the Laplacian (median over the clip); lower is blurred."""
     max_held_share: float = 0.6
@@ -151,16 +149,18 @@ class CurateConfig:
     """Which clips are kept, by what is seen."""
     holdout_share: float = 0.1
     """Share of videos in the `test` split, by a hash of the video's id: stable when videos are added."""
-    unit_s: float = 600.0
-    """Source seconds in a work unit (one shard file, one commit entry)."""
+    unit_s: float = 3600.0
+    """Most source seconds in a work unit (one shard file); small sources get smaller units, at least sixteen."""
     timeout_s: float = 120.0
     """Longest time on one video before it becomes a dead letter; grows with length at `timeout_factor`."""
     timeout_factor: float = 2.0
     """Seconds allowed per second of video on top of `timeout_s`."""
     memory_bytes: int = 2 * 2**30
     """Address space that the decoding child may add; more makes the video a dead letter."""
+    previews: int = 50
+    """How many videos that were refused by their metadata alone get a picture strip for the report."""
     workers: int | None = None
-    """Curating processes; None takes the machine's cores."""
+    """Curating processes; None takes the cluster's cores."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The Ray cluster to run on."""
 
@@ -411,3 +411,44 @@ class TrainConfig:
     def artifact_name(self) -> str:
         """Name under which the result is published."""
         return self.name or self.stage
+
+
+# -- the path ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathConfig:
+    """The whole path from games to a report: one setting for each step. References between steps are filled in."""
+
+    home: Path = Path("lampworks-home")
+    """Folder that everything is written under; it replaces the steps' own."""
+    record: RecordConfig = field(default_factory=RecordConfig)
+    """Gameplay videos."""
+    curate: CurateConfig = field(default_factory=CurateConfig)
+    """Videos -> clips."""
+    tokenizer: TrainConfig = field(default_factory=lambda: TrainConfig(stage="tokenizer"))
+    """Clips -> the video tokenizer."""
+    tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
+    """Clips -> tokens."""
+    world: TrainConfig = field(default_factory=lambda: TrainConfig(stage="world"))
+    """Clips and tokens -> latent actions and dynamics, co-trained."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """The world, measured on held-out clips."""
+    report: ReportConfig = field(default_factory=ReportConfig)
+    """One page about it all."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The Ray cluster that all steps share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Records gameplay, curates it, trains a small world on it, measures it, and serves it to a browser."""
+
+    home: Path = Path("lampworks-home")
+    """Folder that everything is written under. The same folder again continues, or reuses what is done."""
+    browser: bool = True
+    """Serve until Ctrl-C and open the page; --no-browser plays one scripted session instead and ends."""
+    port: int = 8000
+    """Port of the page; 0 takes a free one."""
+    size: Literal["demo", "tiny"] = "demo"
+    """demo: learns to be played, about 15 minutes; tiny: the same steps in a minute or two, to see that all works."""
