@@ -1,0 +1,171 @@
+"""Attention in space and causal attention in time, over whole windows and frame by frame with a cache.
+
+Every module offers `forward(x_BTND)` for windows and, where it looks at other frames, `step(x_SND, cache, clock)` for
+one new frame per slot. Both compute the same function; tests hold them equal in double precision.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import TransformerConfig
+
+_BASE = 100.0  # of the rotation frequencies: windows are tens of frames, not thousands of words
+
+
+def rotation(positions: Tensor, head_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (*positions.shape, head_size) of rotary positions (arXiv 2104.09864), computed in float64."""
+    powers = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float64) / head_size
+    angles = positions.double()[..., None] * _BASE**-powers
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+@dataclass
+class Clock:
+    """Where each slot's new frame stands in time; made once per pass and shared by all layers.
+
+    Attributes:
+        rows: the slots in the pass: a slice (no copy) or int64 indices (S,).
+        cell: cache cell that the new frame is written to, int64 (S,).
+        cos, sin: rotations of the new frame (S, head_size).
+        seen: which cells the new frame sees, bool (S, cells).
+    """
+
+    rows: slice | Tensor
+    cell: Tensor
+    cos: Tensor
+    sin: Tensor
+    seen: Tensor
+
+    @classmethod
+    def at(cls, rows: slice | Tensor, position_S: Tensor, first_S: Tensor, cells: int, window: int,
+           head_size: int, dtype: torch.dtype) -> "Clock":  # fmt: skip
+        """For new frames at `position_S` of streams whose cached frames begin at `first_S`, in a ring of `cells`."""
+        age = torch.remainder(position_S[:, None] - torch.arange(cells, device=position_S.device), cells)
+        seen = (age < window) & (position_S[:, None] - age >= first_S[:, None])
+        cos, sin = rotation(position_S, head_size, dtype)
+        return cls(rows, torch.remainder(position_S, cells), cos, sin, seen)
+
+
+class Cache:
+    """Keys and values of past frames of one layer, for all slots: two tensors (slots, N, kv_heads, cells, head_size)."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of one slot."""
+        return 2 * self.keys[0].numel() * self.keys.element_size()
+
+
+class _Heads(nn.Module):
+    """Fused projections to queries, keys and values, with QK norm; and back."""
+
+    def __init__(self, cfg: TransformerConfig, kv_heads: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size = cfg.heads, kv_heads, cfg.head_size
+        self.norm = nn.LayerNorm(cfg.width, bias=False)
+        self.qkv = nn.Linear(cfg.width, (cfg.heads + 2 * kv_heads) * cfg.head_size, bias=False)
+        self.out = nn.Linear(cfg.heads * cfg.head_size, cfg.width, bias=False)
+        self.qk_gain = nn.Parameter(torch.ones(2, cfg.head_size)) if cfg.qk_norm else None
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., D) -> q (..., heads, size), k and v (..., kv_heads, size), normalised."""
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (-1, self.size)).split(
+            (self.heads, self.kv_heads, self.kv_heads), dim=-2)  # fmt: skip
+        if self.qk_gain is not None:
+            q = F.layer_norm(q, (self.size,), self.qk_gain[0])
+            k = F.layer_norm(k, (self.size,), self.qk_gain[1])
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """SDPA over (batch, heads, length, size), with grouped K/V heads repeated."""
+        if self.kv_heads != self.heads:
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class SpatialAttention(_Heads):
+    """Tokens of one frame see each other."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__(cfg, cfg.heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., N, D) -> the change to add (..., N, D)."""
+        q, k, v = (t.flatten(0, -4).transpose(1, 2) for t in self.split(x))
+        y = self.attend(q, k, v, None).transpose(1, 2)
+        return self.out(y.reshape(*x.shape[:-1], self.heads * self.size))
+
+
+class TemporalAttention(_Heads):
+    """Each token sees the same place in this frame and the window-1 frames before it."""
+
+    def __init__(self, cfg: TransformerConfig) -> None:
+        super().__init__(cfg, cfg.kv_heads or cfg.heads)
+        self.window = cfg.window
+
+    def forward(self, x_BTND: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        """Whole window; cos, sin (T, size), mask (T, T) says which frames each frame sees."""
+        B, T, N, _ = x_BTND.shape
+        q, k, v = self.split(x_BTND)
+        q, k = (_rotate(t, cos[:, None, None], sin[:, None, None]) for t in (q, k))
+        q, k, v = (t.permute(0, 2, 3, 1, 4).reshape(B * N, -1, T, self.size) for t in (q, k, v))
+        y = self.attend(q, k, v, mask).view(B, N, self.heads, T, self.size)
+        return self.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, -1))
+
+    def cache(self, slots: int, tokens: int, cells: int) -> Cache:
+        """An empty cache on the module's device."""
+        shape = (slots, tokens, self.kv_heads, cells, self.size)
+        return Cache(self.qkv.weight.new_zeros(shape), self.qkv.weight.new_zeros(shape))
+
+    def step(self, x_SND: Tensor, cache: Cache, clock: Clock) -> Tensor:
+        """One frame per slot: writes its keys and values to the cache, returns the change to add (S, N, D)."""
+        S, N, _ = x_SND.shape
+        q, k, v = self.split(x_SND)
+        cos, sin = clock.cos[:, None, None], clock.sin[:, None, None]
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        rows = torch.arange(cache.keys.shape[0], device=x_SND.device)[clock.rows]
+        cache.keys[rows, :, :, clock.cell] = k
+        cache.values[rows, :, :, clock.cell] = v
+        keys, values = (t[clock.rows].flatten(0, 1) for t in (cache.keys, cache.values))
+        mask = clock.seen[:, None, None, None].expand(S, N, 1, 1, -1).flatten(0, 1)
+        y = self.attend(q.reshape(S * N, self.heads, 1, self.size), keys, values, mask)
+        return self.out(y.reshape(S, N, -1))
+
+
+class FullAttention(TemporalAttention):
+    """Every token sees all tokens of this frame and of the window-1 frames before it (C-ViViT, arXiv 2210.02399)."""
+
+    def forward(self, x_BTND: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        """Whole window, as TemporalAttention, over T*N tokens at once."""
+        B, T, N, _ = x_BTND.shape
+        q, k, v = self.split(x_BTND)
+        q, k = (_rotate(t, cos[:, None, None], sin[:, None, None]) for t in (q, k))
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+        mask = mask.repeat_interleave(N, 0).repeat_interleave(N, 1)
+        y = self.attend(q, k, v, mask).transpose(1, 2)
+        return self.out(y.reshape(B, T, N, -1))
+
+    def step(self, x_SND: Tensor, cache: Cache, clock: Clock) -> Tensor:
+        """One frame per slot, as TemporalAttention."""
+        S, N, _ = x_SND.shape
+        q, k, v = self.split(x_SND)
+        cos, sin = clock.cos[:, None, None], clock.sin[:, None, None]
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        rows = torch.arange(cache.keys.shape[0], device=x_SND.device)[clock.rows]
+        cache.keys[rows, :, :, clock.cell] = k
+        cache.values[rows, :, :, clock.cell] = v
+        keys, values = (t[clock.rows].transpose(1, 2).flatten(2, 3) for t in (cache.keys, cache.values))
+        mask = clock.seen[:, None, None].repeat(1, 1, 1, N)
+        y = self.attend(q.transpose(1, 2), keys, values, mask).transpose(1, 2)
+        return self.out(y.reshape(S, N, -1))
