@@ -1,0 +1,185 @@
+"""Chosen values: whole configurations as plain functions. Model shapes first, then paths; `COMMAND_PRESETS` names them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from models.config import (
+    ActionsConfig,
+    Attention,
+    CodebookConfig,
+    DynamicsConfig,
+    SamplerConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    WorldConfig,
+)
+from pipelines.config import (
+    CurateConfig,
+    EvaluateConfig,
+    FeedConfig,
+    OptimizerConfig,
+    PathConfig,
+    RecordConfig,
+    ReportConfig,
+    TokenizeConfig,
+    TrainConfig,
+)
+
+# -- worlds that a laptop trains -----------------------------------------------------------------------------------
+
+
+def _small(layers: int, width: int, frames: int, attention: Attention = "st") -> TransformerConfig:
+    """A small transformer with 4 heads that see the whole window."""
+    return TransformerConfig(
+        layers=layers, width=width, heads=4, head_size=width // 4, attention=attention, window=frames
+    )
+
+
+def demo_world() -> WorldConfig:
+    """CoinRun at 64x64 and 10 FPS for ten minutes on two cores, chosen by trials (docs/training.md).
+
+    Two departures from the paper: the tokenizer's encoder looks at each patch by itself (tokens then stay the same
+    when the picture shifts by whole patches, so that dynamics learn early), and the latent action model predicts a
+    change of the last frame (so that it does not first learn the palette). `coinrun` is the faithful preset.
+    """
+    frames, codes, actions = 8, 512, 6
+    return WorldConfig(
+        fps=10.0,
+        tokenizer=TokenizerConfig(
+            height_px=64,
+            width_px=64,
+            patch=8,
+            frames=frames,
+            encoder=_small(2, 96, frames, "none"),
+            decoder=_small(2, 96, frames, "space"),
+            codebook=CodebookConfig(size=codes, dim=16),
+        ),
+        actions=ActionsConfig(
+            height_px=64,
+            width_px=64,
+            patch=16,
+            frames=frames,
+            encoder=_small(4, 64, frames),
+            decoder=_small(4, 64, frames),
+            codebook=CodebookConfig(size=actions, dim=8, warmup_share=0.2),
+        ),
+        dynamics=DynamicsConfig(
+            rows=8, columns=8, vocabulary=codes, actions=actions, frames=frames, transformer=_small(6, 96, frames)
+        ),
+    )
+
+
+def tiny_world() -> WorldConfig:
+    """The demo's shape at a size that learns nothing in seconds: to see that every step works."""
+    frames, codes, actions = 4, 32, 4
+    return WorldConfig(
+        fps=10.0,
+        tokenizer=TokenizerConfig(
+            height_px=32,
+            width_px=32,
+            patch=8,
+            frames=frames,
+            encoder=_small(1, 32, frames, "none"),
+            decoder=_small(1, 32, frames, "space"),
+            codebook=CodebookConfig(size=codes, dim=8),
+        ),
+        actions=ActionsConfig(
+            height_px=32,
+            width_px=32,
+            patch=16,
+            frames=frames,
+            encoder=_small(2, 32, frames),
+            decoder=_small(2, 32, frames),
+            codebook=CodebookConfig(size=actions, dim=8, warmup_share=0.2),
+        ),
+        dynamics=DynamicsConfig(
+            rows=4, columns=4, vocabulary=codes, actions=actions, frames=frames, transformer=_small(2, 32, frames)
+        ),
+    )
+
+
+# -- paths -------------------------------------------------------------------------------------------------------
+
+
+def demo_path(home: Path = Path("lampworks-home")) -> PathConfig:
+    """The whole path in about 15 minutes on two cores."""
+    world = demo_world()
+    return PathConfig(
+        home=home,
+        record=RecordConfig(home=home),
+        curate=CurateConfig(home=home, width_px=64, height_px=64),
+        tokenizer=TrainConfig(
+            home=home,
+            stage="tokenizer",
+            model=world,
+            steps=600,
+            batch=16,
+            micro_batch=8,
+            optimizer=OptimizerConfig(lr=2e-3, final_lr=2e-4, warmup_steps=50),
+        ),
+        tokenize=TokenizeConfig(home=home),
+        world=TrainConfig(
+            home=home,
+            stage="world",
+            model=world,
+            steps=1500,
+            batch=16,
+            micro_batch=8,
+            optimizer=OptimizerConfig(lr=1.5e-3, final_lr=1.5e-4, warmup_steps=50),
+        ),
+        evaluate=EvaluateConfig(home=home, sampler=SamplerConfig(steps=8)),
+        report=ReportConfig(home=home),
+    )
+
+
+def tiny_path(home: Path = Path("lampworks-home")) -> PathConfig:
+    """The same steps in a minute or two; its world is not worth playing."""
+    world = tiny_world()
+    learning = OptimizerConfig(lr=2e-3, final_lr=2e-4, warmup_steps=4)
+    feed = FeedConfig(windows_per_clip=4, clips_per_group=8)
+    return PathConfig(
+        home=home,
+        record=RecordConfig(home=home, episodes=6, side_games=("ninja",), min_s=6, max_s=9),
+        curate=CurateConfig(home=home, width_px=32, height_px=32, clip_frames=40, holdout_share=0.3),
+        tokenizer=TrainConfig(
+            home=home,
+            stage="tokenizer",
+            model=world,
+            steps=12,
+            batch=8,
+            micro_batch=4,
+            optimizer=learning,
+            feed=feed,
+            log_every=4,
+            picture_every=0,
+        ),
+        tokenize=TokenizeConfig(home=home),
+        world=TrainConfig(
+            home=home,
+            stage="world",
+            model=world,
+            steps=12,
+            batch=8,
+            micro_batch=4,
+            optimizer=learning,
+            feed=feed,
+            log_every=4,
+            picture_every=6,
+        ),
+        evaluate=EvaluateConfig(home=home, clips=8, prompts=2, sampler=SamplerConfig(steps=2)),
+        report=ReportConfig(home=home),
+    )
+
+
+COMMAND_PRESETS: dict[str, dict[str, Callable[[], Any]]] = {
+    "record": {"demo": lambda: demo_path().record, "tiny": lambda: tiny_path().record},
+    "curate": {"demo": lambda: demo_path().curate, "tiny": lambda: tiny_path().curate},
+    "train": {
+        "demo-tokenizer": lambda: demo_path().tokenizer,
+        "demo-world": lambda: demo_path().world,
+        "tiny-tokenizer": lambda: tiny_path().tokenizer,
+        "tiny-world": lambda: tiny_path().world,
+    },
+}
+"""command -> preset name -> the command's configuration (`lampworks COMMAND --preset NAME`)."""
