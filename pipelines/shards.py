@@ -10,6 +10,7 @@ is the one moment at which a unit begins to exist, and a dataset's version is th
 import difflib
 import json
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,7 +43,15 @@ _SIGNALS = [
     ("letterbox", pa.float32()),
     ("cut_frames", pa.list_(pa.int32())),
 ]
-WINDOW = pa.struct([("start_s", pa.float64()), ("clip_id", pa.string()), ("reason", pa.string()), *_SIGNALS])
+WINDOW = pa.struct(
+    [
+        ("start_s", pa.float64()),
+        ("clip_id", pa.string()),
+        ("reason", pa.string()),
+        ("preview", pa.large_binary()),
+        *_SIGNALS,
+    ]
+)
 SOURCE_FIELDS = [
     ("source_codec", pa.string()),
     ("source_fps", pa.float32()),
@@ -97,7 +106,7 @@ VIDEO_SCHEMA = pa.schema(
         ("config_digest", pa.string()),
     ]
 )
-_UNCOMPRESSED = {"video", "preview"}
+_UNCOMPRESSED = {"video", "preview", "windows.list.element.preview"}
 
 
 class DatasetError(UserError):
@@ -182,6 +191,35 @@ class Writer:
         facts = {"message": message, "clips_version": str(clips_version), "config_digest": self.config_digest}
         return append(self.folder / "videos", VIDEO_SCHEMA, videos, new_videos, facts)
 
+    def amend(self, changes: dict[str, dict[str, Any]], message: str) -> int:
+        """Rewrites ledger rows in a new version; clips and the versions before stay as they are.
+
+        Args:
+            changes: new values by video id.
+            message: why, for the list of versions.
+
+        Returns:
+            The dataset's version.
+        """
+        root = self.folder / "videos"
+        table = _open(root)
+        actions: list[AddAction | RemoveAction] = []
+        for path in table_files(table, root):
+            rows = pq.read_table(path, schema=VIDEO_SCHEMA).to_pylist()
+            if not any(row["video_id"] in changes for row in rows):
+                continue
+            target = root / f"{path.stem.partition('-')[0]}-{table.version() + 1}.parquet"
+            write_shard(target, [{**row, **changes.get(row["video_id"], {})} for row in rows], VIDEO_SCHEMA)
+            actions += [_remove(root, path), _add(root, target)]
+        if not actions:
+            return table.version()
+        clips_version = _clips_version(self.folder, table.version())
+        facts = {"message": message, "clips_version": str(clips_version), "config_digest": self.config_digest}
+        properties = CommitProperties(custom_metadata=facts)
+        schema = Schema.from_arrow(VIDEO_SCHEMA)
+        table.create_write_transaction(actions, mode="append", schema=schema, commit_properties=properties)
+        return table.version() + 1
+
 
 def append(
     root: Path,
@@ -225,6 +263,11 @@ def _add(root: Path, path: Path) -> AddAction:
     rows = pq.read_metadata(path).num_rows
     stats = json.dumps({"numRecords": rows})
     return AddAction(str(path.relative_to(root)), facts.st_size, {}, int(facts.st_mtime * 1000), True, stats)
+
+
+def _remove(root: Path, path: Path) -> RemoveAction:
+    now_ms = int(time.time() * 1000)
+    return RemoveAction(str(path.relative_to(root)), True, now_ms, path.stat().st_size, {})
 
 
 def delta_table(root: Path, version: int | None = None) -> DeltaTable | None:
@@ -341,6 +384,12 @@ def open_dataset(home: Home | Path, reference: str) -> Dataset:
     return Dataset(folder, version, _clips_version(folder, version))
 
 
+def open_ledger(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
+    """The newest ledger's rows, sorted by uri."""
+    root = folder / "videos"
+    return _read(table_files(_open(root), root), VIDEO_SCHEMA, columns, "uri").to_pylist()
+
+
 def versions(home: Home | Path, name: str) -> list[Version]:
     """Every version of a dataset, oldest first.
 
@@ -404,11 +453,15 @@ def _column(file: Path, name: str) -> list[Any]:
     return pq.read_table(file, columns=[name])[name].to_pylist()
 
 
-def _files_at(root: Path, version: int) -> list[Path]:
+def _open(root: Path, version: int | None = None) -> DeltaTable:
     table = delta_table(root, version)
     if table is None:
         raise DatasetError(f"{root} is no Delta table")
-    return table_files(table, root)
+    return table
+
+
+def _files_at(root: Path, version: int) -> list[Path]:
+    return table_files(_open(root, version), root)
 
 
 def _read(files: list[Path], schema: pa.Schema, columns: list[str] | None, key: str) -> pa.Table:

@@ -110,7 +110,8 @@ def _probe(container: InputContainer, stream: VideoStream) -> Probe:
 
 
 def _plain(error: BaseException) -> str:
-    return str(error).split("; last error log")[0].replace("\n", " ")[:200]
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.split("; last error log")[0].replace("\n", " ")[:200]
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------

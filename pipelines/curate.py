@@ -1,0 +1,222 @@
+"""Raw video to clip shards: the Ray Data graph, read top to bottom.
+
+    lampworks curate --source videos/ --name platformers
+
+A plan (a manifest with one row a new video, its verdict by metadata, and its work unit) is written once and never
+changes; a unit's work is a pure function of it. Workers write a unit's two files; the driver alone commits them. What
+is not committed does not exist, so a killed run is simply run again.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+from ray.exceptions import RayTaskError
+
+from infra.cluster import connect
+from infra.config import Home, UserError, digest, to_dict
+from pipelines.config import CurateConfig
+from pipelines.dedup import mark_same_frames
+from pipelines.manifest import Plan, open_plan
+from pipelines.shards import CLIP_SCHEMA, VIDEO_SCHEMA, Dataset, Unit, Writer, open_dataset, write_shard
+from pipelines.unit import Child
+
+log = logging.getLogger(__name__)
+
+COMMIT_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class CurateResult:
+    """What a curation left: the dataset, and how many videos ended how."""
+
+    dataset: Dataset
+    outcomes: dict[str, int]
+    clips: int
+
+    @property
+    def version(self) -> int:
+        """The dataset's version."""
+        return self.dataset.version
+
+    @property
+    def path(self) -> Path:
+        """The dataset's folder."""
+        return self.dataset.folder
+
+
+def curate(config: CurateConfig) -> CurateResult:
+    """Adds a source's new videos to a dataset; run twice, the second time does nothing.
+
+    Raises:
+        UserError: no such source, nothing in it, nothing passes, another run is at work, or the dataset was made with
+            other settings.
+    """
+    home = Home(config.home).ensure()
+    folder = home.datasets / config.name
+    source = Path(config.source) if config.source else home.raw
+    with _locked(folder):
+        writer = Writer(folder, digest(_bearing(config)))
+        plan = open_plan(folder, source, config, writer.config_digest)
+        pending = _recover(writer, plan)
+        if pending:
+            with connect(config.cluster):
+                _work(config, writer, plan, pending)
+        mark_same_frames(writer, plan)
+    return _summary(home, config.name)
+
+
+def _bearing(config: CurateConfig) -> dict[str, Any]:
+    """The settings that a clip's bytes depend on."""
+    names = ("width_px", "height_px", "fps", "clip_frames", "aspect", "codec", "crf")
+    return {name: getattr(config, name) for name in names}
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One run at a time on a dataset; the kernel drops the lock with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is curating {folder}: wait for it, or choose another --name") from error
+        yield
+
+
+def _unit(folder: Path, unit_id: str) -> Unit | None:
+    """A unit whose work is done: its ledger file is written last and vouches for its clips."""
+    clips, videos = folder / "clips" / f"{unit_id}.parquet", folder / "videos" / f"{unit_id}.parquet"
+    return Unit(unit_id, clips if clips.exists() else None, videos) if videos.exists() else None
+
+
+def _recover(writer: Writer, plan: Plan) -> list[str]:
+    """Commits what a killed run had finished; returns the ids of the units that are still to do."""
+    committed = writer.committed()
+    open_units = [u for u in plan.units if u not in committed]
+    done = [unit for unit_id in open_units if (unit := _unit(writer.folder, unit_id))]
+    if done:
+        writer.commit(done, "recovered")
+    ready = {u.unit_id for u in done}
+    return [u for u in open_units if u not in ready]
+
+
+# -- the graph ---------------------------------------------------------------------------------------------------
+
+
+def _work(config: CurateConfig, writer: Writer, plan: Plan, pending: list[str]) -> None:
+    """Units flow through a pool of actors; small rows flow back, and finished units are committed in batches."""
+    cores = int(ray.cluster_resources().get("CPU", 1))
+    workers = max(1, min(config.workers or cores, len(pending)))
+    settings = {"config": to_dict(config), "folder": str(writer.folder), "digest": writer.config_digest}
+    items = [{"unit_id": unit, "jobs": json.dumps(plan.jobs(unit))} for unit in pending]
+    units = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        UnitWorker, fn_constructor_kwargs=settings, batch_size=1, compute=ActorPoolStrategy(size=workers), num_cpus=1
+    )
+    progress = Progress(len(plan.video_ids), plan.seconds)
+    waiting: list[Unit] = []
+    committed = time.monotonic()
+    try:
+        for row in units.iter_rows():
+            unit = _unit(writer.folder, row["unit_id"])
+            if unit is None:
+                raise RuntimeError(f"unit {row['unit_id']} reported done but left no file")
+            waiting.append(unit)
+            progress.add(row)
+            if time.monotonic() - committed > COMMIT_EVERY_S:
+                writer.commit(waiting)
+                waiting.clear()
+                committed = time.monotonic()
+    except RayTaskError as error:
+        if isinstance(error.cause, OSError):
+            raise UserError(
+                f"cannot write to {writer.folder} ({error.cause}): free space there and run again"
+            ) from error
+        raise
+    finally:
+        if waiting:
+            writer.commit(waiting)
+
+
+class UnitWorker:
+    """An actor that turns one work unit a call into a shard and its ledger rows."""
+
+    def __init__(self, config: dict[str, Any], folder: str, digest: str) -> None:
+        self.config, self.folder, self.digest = config, Path(folder), digest
+        self.child = Child(config, digest)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """One unit: {"unit_id", "jobs"} in, {"unit_id", "videos", "clips", "windows", "seconds"} out."""
+        unit_id = str(batch["unit_id"][0])
+        clips: list[dict[str, Any]] = []
+        videos: list[dict[str, Any]] = []
+        for job in json.loads(batch["jobs"][0]):
+            video, rows = self._video(unit_id, job)
+            videos.append(video)
+            clips += rows
+        if clips:
+            write_shard(self.folder / "clips" / f"{unit_id}.parquet", clips, CLIP_SCHEMA)
+        write_shard(self.folder / "videos" / f"{unit_id}.parquet", videos, VIDEO_SCHEMA)
+        windows = sum(len(v["windows"] or ()) for v in videos)
+        seconds = sum(v["duration_s"] or 0.0 for v in videos)
+        facts = {"videos": len(videos), "clips": len(clips), "windows": windows, "seconds": seconds}
+        return {"unit_id": [unit_id], **{k: [v] for k, v in facts.items()}}
+
+    def _video(self, unit_id: str, job: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        limit_s = self.config["timeout_s"] + self.config["timeout_factor"] * (job["ledger"]["duration_s"] or 0.0)
+        result = self.child.run(job, limit_s)
+        rows = result.pop("rows")
+        shared = {"unit_id": unit_id, "config_digest": self.digest}
+        same = ("video_id", "split", "title", "uploader", "webpage_url")
+        clips = [{**row, **shared, **{k: job["ledger"][k] for k in same}} for row in rows]
+        ledger = {**dict.fromkeys(VIDEO_SCHEMA.names), **job["ledger"], **shared, **result, "clips": len(clips)}
+        return {**ledger, "dropped_clips": []}, clips
+
+
+# -- progress ----------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """One line whenever units finish: how much, how fast, how long yet."""
+
+    def __init__(self, videos: int, seconds: float) -> None:
+        self.videos, self.seconds = videos, seconds
+        self.began = time.monotonic()
+        self.done: Counter[str] = Counter()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Counts a finished unit and logs the line."""
+        self.done.update({k: row[k] for k in ("videos", "clips", "windows", "seconds")})
+        spent_s = time.monotonic() - self.began
+        rate = self.done["seconds"] / spent_s
+        left_s = max(0.0, self.seconds - self.done["seconds"]) / rate if rate else float("nan")
+        log.info(
+            "curate | %d/%d videos | %.2f h | %d clips | kept %.0f%% | %.0fx real time | %.0f s left",
+            *(self.done["videos"], self.videos, self.done["seconds"] / 3600, self.done["clips"]),
+            *(100 * self.done["clips"] / max(1, self.done["windows"]), rate, left_s),
+        )
+
+
+def _summary(home: Home, name: str) -> CurateResult:
+    dataset = open_dataset(home, name)
+    ledger = dataset.video_table(["outcome", "reason", "clips", "dropped_clips"]).to_pylist()
+    outcomes = Counter(row["outcome"] for row in ledger)
+    kept = [row for row in ledger if row["outcome"] in ("kept", "partial")]
+    clips = sum(row["clips"] - len(row["dropped_clips"] or ()) for row in kept)
+    log.info("curate | %s | %d clips | %s", dataset.reference, clips, dict(sorted(outcomes.items())))
+    if not clips:
+        reasons = Counter(row["reason"] for row in ledger)
+        listed = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(5))
+        raise UserError(f"no clip of {len(ledger)} videos passed ({listed}): see `lampworks show {name}`")
+    return CurateResult(dataset, dict(outcomes), clips)

@@ -1,0 +1,178 @@
+"""Why a video or clip is refused: rules on metadata, signals on frames, and a reason for every drop."""
+
+import functools
+import re
+import tomllib
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from infra.config import UserError
+from pipelines.config import FilterConfig, RulesConfig
+
+RULES_FILE = Path(__file__).with_name("rules.toml")
+CHANGED_LEVELS = 12  # a pixel counts as changed above it: compression noise stays below
+CHANGED_SHARE = 0.002  # a frame counts as static if fewer pixels change
+BLANK_CONTRAST = 6.0  # standard deviation of luma; mean luma is no test, good dark games have a mean of 13
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A refusal: `reason` is a short word for the ledger, `detail` what decided it."""
+
+    reason: str
+    detail: str
+
+
+# -- metadata ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a sidecar says; `problem` is set where there is none, or a broken one."""
+
+    title: str = ""
+    description: str = ""
+    duration_s: float | None = None
+    uploader: str = ""
+    webpage_url: str = ""
+    problem: str = ""
+
+
+class Rules:
+    """The paper's title rule and a few bounds, as data.
+
+    Raises:
+        UserError: the rule file is missing, no TOML, or has unknown keys.
+    """
+
+    KEYS = ("title", "action", "negating")
+
+    def __init__(self, config: RulesConfig) -> None:
+        self.config = config
+        words = _word_lists(config.file or RULES_FILE)
+        self.patterns = {key: _pattern(tuple(words[key])) for key in self.KEYS}
+
+    def decide(self, video: Metadata) -> Verdict | None:
+        """The first rule that refuses a video, or None."""
+        return next((verdict for _, verdict in self.explain(video) if verdict is not None), None)
+
+    def explain(self, video: Metadata) -> list[tuple[str, Verdict | None]]:
+        """Every rule in order with its verdict (`lampworks curate --explain`)."""
+        if video.problem:
+            verdict = Verdict("no_sidecar", video.problem) if self.config.require_sidecar else None
+            return [("sidecar", verdict)]
+        return [("sidecar", None), ("uploader", self._uploader(video)), *self._words(video), *self._durations(video)]
+
+    def _uploader(self, video: Metadata) -> Verdict | None:
+        if video.uploader in self.config.blocked_uploaders:
+            return Verdict("blocked_uploader", video.uploader)
+        return None
+
+    def _words(self, video: Metadata) -> list[tuple[str, Verdict | None]]:
+        title = _folded(video.title)
+        both = title + "\n" + _folded(video.description)
+        bad = self.patterns["negating"].search(title)
+        return [
+            (
+                "title",
+                None if self.patterns["title"].search(title) else Verdict("title", f"no wanted game: {video.title!r}"),
+            ),
+            ("action", None if self.patterns["action"].search(both) else Verdict("no_action_word", video.title)),
+            ("negating", Verdict("negating_word", bad.group(0)) if bad else None),
+        ]
+
+    def _durations(self, video: Metadata) -> list[tuple[str, Verdict | None]]:
+        seconds = video.duration_s
+        short = seconds is not None and seconds < self.config.min_duration_s
+        long = seconds is not None and seconds > self.config.max_duration_s
+        return [
+            ("min_duration", Verdict("too_short", f"{seconds} s") if short else None),
+            ("max_duration", Verdict("too_long", f"{seconds} s") if long else None),
+        ]
+
+
+def _word_lists(path: Path) -> dict[str, list[str]]:
+    try:
+        words = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"no rule file {path}: give another --rules.file, or leave it out") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no TOML: {error}") from error
+    if sorted(words) != sorted(Rules.KEYS) or not all(_is_words(value) for value in words.values()):
+        raise UserError(f"{path} has the keys {sorted(words)}: give lists of words for {', '.join(Rules.KEYS)}")
+    return words
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) and word.strip() for word in value)
+
+
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'").split())
+
+
+@functools.lru_cache(maxsize=16)
+def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
+    """Any of the words, whole; scripts without spaces (the CJK ones) match anywhere. An empty list matches nothing."""
+    if not words:
+        return re.compile(r"(?!)")
+    return re.compile("|".join(_whole(re.escape(_folded(w)), w) for w in sorted(words, key=len, reverse=True)))
+
+
+def _whole(escaped: str, word: str) -> str:
+    spaced = all(ord(c) < 0x2E80 for c in word)
+    return rf"(?<!\w){escaped}(?!\w)" if spaced else escaped
+
+
+# -- signals -----------------------------------------------------------------------------------------------------
+
+
+def measure(frames: np.ndarray) -> dict[str, float]:
+    """Cheap signals of a clip (about 20 ms at 160x90), independent of any threshold that a user may set.
+
+    Args:
+        frames: uint8 (T, H, W, 3).
+    Returns:
+        motion (mean change in levels), static_share, black_share, contrast (median), blur (median variance of the
+        Laplacian), letterbox (share of the picture in black bars).
+    """
+    luma = np.stack([cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames])
+    change = np.stack([cv2.absdiff(a, b) for a, b in zip(luma[1:], luma[:-1], strict=True)])
+    moved = (change > CHANGED_LEVELS).mean(axis=(1, 2))
+    contrast = luma.reshape(len(luma), -1).std(axis=1)
+    sharpness = [cv2.Laplacian(f, cv2.CV_32F).var() for f in luma[::8]]
+    return {
+        "motion": float(change.mean()),
+        "static_share": float((moved < CHANGED_SHARE).mean()),
+        "black_share": float((contrast < BLANK_CONTRAST).mean()),
+        "contrast": float(np.median(contrast)),
+        "blur": float(np.median(sharpness)),
+        "letterbox": _bars(luma.max(axis=0)),
+    }
+
+
+def _bars(brightest: np.ndarray) -> float:
+    lit = brightest > 24
+    rows, columns = np.flatnonzero(lit.any(axis=1)), np.flatnonzero(lit.any(axis=0))
+    if not len(rows):
+        return 1.0
+    inside = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+    return float(1 - inside / brightest.size)
+
+
+def judge(signals: dict[str, Any], config: FilterConfig) -> str:
+    """The reason a clip is refused for, from its stored signals; empty if it is kept."""
+    tests = (
+        ("too_few_frames", signals["held_share"] > config.max_held_share),
+        ("gap", signals["max_gap_ms"] > config.max_gap_s * 1000),
+        ("black", signals["black_share"] > config.max_black_share),
+        ("static", signals["static_share"] > config.max_static_share),
+        ("blur", signals["blur"] < config.min_blur),
+        ("cuts", len(signals["cut_frames"]) > config.max_cuts),
+    )
+    return next((reason for reason, refused in tests if refused), "")

@@ -1,0 +1,265 @@
+"""What there is to do: the source's videos, their sidecars, and a plan that never changes once written."""
+
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.config import UserError, digest
+from pipelines.config import CurateConfig
+from pipelines.filters import Metadata, Rules, Verdict
+from pipelines.shards import DatasetError, write_shard
+from pipelines.unit import file_digest
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = tuple(
+    f".{kind}"
+    for kind in (
+        *("mp4", "m4v", "mov", "mkv", "webm", "avi", "flv", "ts", "m2ts", "mpg", "mpeg"),
+        *("ogv", "wmv", "3gp", "y4m", "ivf", "h264", "hevc"),
+    )
+)
+UNIT_VIDEOS = 500
+LEAST_UNITS = 16
+LEAST_UNIT_S = 60.0
+PLAN_SCHEMA = pa.schema(
+    [
+        ("unit_id", pa.string()),
+        ("path", pa.string()),
+        ("verdict", pa.bool_()),
+        ("peek", pa.bool_()),
+        ("uri", pa.string()),
+        ("video_id", pa.string()),
+        ("split", pa.string()),
+        ("outcome", pa.string()),
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("content_digest", pa.string()),
+        ("duration_s", pa.float64()),
+        ("title", pa.string()),
+        ("uploader", pa.string()),
+        ("webpage_url", pa.string()),
+    ]
+)
+_OWN = ("unit_id", "path", "verdict", "peek")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of the source folder with what its sidecar says."""
+
+    uri: str
+    path: Path
+    size_bytes: int
+    mtime_ns: int
+    metadata: Metadata
+    name: str
+
+
+def scan(folder: Path) -> list[Source]:
+    """Every video below a folder (hidden files and downloads in progress are none), sorted by its path in it.
+
+    Raises:
+        UserError: no such folder, or no video in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: give --source a folder of videos, or run `lampworks record` first")
+    paths = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    sources = [_source(folder, path) for path in sorted(paths) if path.is_file()]
+    if not sources:
+        raise UserError(f"no video in {folder}: it should hold <id>.mp4 (or mkv, webm, ...) with <id>.info.json")
+    return sources
+
+
+def _source(folder: Path, path: Path) -> Source:
+    facts = path.stat()
+    name, metadata = _sidecar(path)
+    return Source(str(path.relative_to(folder)), path, facts.st_size, facts.st_mtime_ns, metadata, name)
+
+
+def _sidecar(video: Path) -> tuple[str, Metadata]:
+    """The video's name and what yt-dlp wrote beside it; anything unexpected is a problem, not an error."""
+    path = video.with_name(f"{video.stem}.info.json")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return video.stem, Metadata(problem=f"there is no {path.name}")
+    except (OSError, ValueError) as error:
+        return video.stem, Metadata(problem=f"{path.name} can't be read: {str(error)[:100]}")
+    if not isinstance(info, dict) or not isinstance(info.get("title"), str):
+        return video.stem, Metadata(problem=f"{path.name} has no title")
+    seconds = info.get("duration")
+    known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < 1e9
+    return _text(info, "id") or video.stem, Metadata(
+        title=info["title"],
+        description=_text(info, "description"),
+        duration_s=float(seconds) if known else None,
+        uploader=_text(info, "uploader"),
+        webpage_url=_text(info, "webpage_url"),
+    )
+
+
+def _text(info: dict[str, Any], key: str) -> str:
+    value = info.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def split_of(video_id: str, holdout_share: float) -> str:
+    """ "test" or "train" by a hash of the id: stable whatever else is in the dataset."""
+    place = int(hashlib.sha256(f"split/{video_id}".encode()).hexdigest()[:12], 16) / 16**12
+    return "test" if place < holdout_share else "train"
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A fixed list of videos with their units. Several may lie open after kills; they are worked off together."""
+
+    rows: list[dict[str, Any]]
+
+    @cached_property
+    def units(self) -> list[str]:
+        """Unit ids in the order of work."""
+        return list(dict.fromkeys(row["unit_id"] for row in self.rows))
+
+    @cached_property
+    def _by_unit(self) -> dict[str, list[dict[str, Any]]]:
+        grouped: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in self.rows:
+            grouped[row["unit_id"]].append(row)
+        return grouped
+
+    @property
+    def video_ids(self) -> list[str]:
+        """Every planned video."""
+        return [row["video_id"] for row in self.rows]
+
+    @property
+    def seconds(self) -> float:
+        """Source seconds by the sidecars of the videos that will be decoded."""
+        return sum(row["duration_s"] or 0.0 for row in self.rows if not row["verdict"])
+
+    def jobs(self, unit_id: str) -> list[dict[str, Any]]:
+        """What a worker needs for each video of a unit."""
+        return [_job(row) for row in self._by_unit[unit_id]]
+
+
+def _job(row: dict[str, Any]) -> dict[str, Any]:
+    ledger = {k: v for k, v in row.items() if k not in _OWN}
+    return {"path": row["path"], "verdict": row["verdict"], "peek": row["peek"], "ledger": ledger}
+
+
+def open_plan(folder: Path, source: Path, config: CurateConfig, config_digest: str) -> Plan:
+    """Everything planned so far, with a new plan for the source's new videos appended.
+
+    Raises:
+        UserError: nothing to curate, or the dataset was made with other settings.
+    """
+    sources = scan(source)
+    old = [row for path in sorted((folder / "plans").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    _check_same(folder, config_digest)
+    known = {row["uri"] for row in old}
+    new = [s for s in sources if s.uri not in known]
+    if not new:
+        return Plan(old)
+    rows = _planned(new, old, config, config_digest)
+    number = len(list((folder / "plans").glob("*.parquet")))
+    write_shard(folder / "plans" / f"{number:06d}.parquet", rows, PLAN_SCHEMA)
+    log.info("curate | planned %d videos | %d known", len(new), len(known))
+    return Plan([*old, *rows])
+
+
+def _check_same(folder: Path, config_digest: str) -> None:
+    mark = folder / "settings.json"
+    if not mark.exists():
+        mark.write_text(json.dumps({"config_digest": config_digest}), encoding="utf-8")
+    made = json.loads(mark.read_text(encoding="utf-8"))["config_digest"]
+    if made != config_digest:
+        raise DatasetError(f"dataset {folder.name!r} holds clips of another size or codec: choose another --name")
+
+
+def _planned(
+    new: list[Source], old: list[dict[str, Any]], config: CurateConfig, config_digest: str
+) -> list[dict[str, Any]]:
+    rules = Rules(config.rules)
+    rows = [_row(s, rules.decide(s.metadata), config) for s in new]
+    _name_apart(rows, {row["video_id"] for row in old})
+    for row in rows:
+        row["split"] = split_of(row["video_id"], config.holdout_share)
+    _mark_copies(rows, old)
+    for row in [r for r in rows if r["verdict"]][: config.previews]:
+        row["peek"] = True
+    return _grouped(rows, config, config_digest)
+
+
+def _row(source: Source, verdict: Verdict | None, config: CurateConfig) -> dict[str, Any]:
+    row = dict.fromkeys(PLAN_SCHEMA.names)
+    metadata = source.metadata
+    row |= {"path": str(source.path.resolve()), "uri": source.uri, "video_id": source.name, "verdict": False}
+    row |= {"peek": False, "size_bytes": source.size_bytes, "mtime_ns": source.mtime_ns}
+    row |= {"duration_s": metadata.duration_s, "title": metadata.title, "uploader": metadata.uploader}
+    row |= {"webpage_url": metadata.webpage_url}
+    if verdict:
+        _refuse(row, "rejected", "rules", verdict)
+    return row
+
+
+def _refuse(row: dict[str, Any], outcome: str, stage: str, verdict: Verdict) -> None:
+    row |= {"verdict": True, "outcome": outcome, "stage": stage, "reason": verdict.reason, "detail": verdict.detail}
+
+
+def _name_apart(rows: list[dict[str, Any]], taken: set[str]) -> None:
+    """Two files of one id keep apart: the later one's path is hashed into its id."""
+    for row in rows:
+        if row["video_id"] in taken:
+            row["video_id"] += "~" + hashlib.sha256(row["uri"].encode()).hexdigest()[:8]
+        taken.add(row["video_id"])
+
+
+def _mark_copies(rows: list[dict[str, Any]], old: list[dict[str, Any]]) -> None:
+    """Byte-identical files: only files of equal size are read. The first that the rules want is the original."""
+    by_size: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in [*old, *rows]:
+        if not row["verdict"] and row["size_bytes"]:
+            by_size[row["size_bytes"]].append(row)
+    fresh = {row["uri"] for row in rows}
+    for group in (g for g in by_size.values() if len(g) > 1 and any(r["uri"] in fresh for r in g)):
+        originals: dict[str, str] = {}
+        for row in group:
+            content = file_digest(Path(row["path"])) if Path(row["path"]).exists() else row["uri"]
+            if content in originals and row["uri"] in fresh:
+                _refuse(row, "duplicate", "copies", Verdict("same_bytes", f"as {originals[content]}"))
+                row["content_digest"] = content
+            originals.setdefault(content, row["video_id"])
+
+
+def _grouped(rows: list[dict[str, Any]], config: CurateConfig, config_digest: str) -> list[dict[str, Any]]:
+    """Cuts the sorted list into units of about equal length; a unit's id is a hash of its videos and the settings."""
+    lengths = [0.0 if row["verdict"] else row["duration_s"] or 60.0 for row in rows]
+    unit_s = min(config.unit_s, max(LEAST_UNIT_S, sum(lengths) / LEAST_UNITS))
+    groups: list[list[dict[str, Any]]] = [[]]
+    spent = 0.0
+    for row, seconds in zip(rows, lengths, strict=True):
+        if groups[-1] and (spent + seconds > unit_s or len(groups[-1]) >= UNIT_VIDEOS):
+            groups.append([])
+            spent = 0.0
+        groups[-1].append(row)
+        spent += seconds
+    for group in groups:
+        unit_id = digest([config_digest, *sorted(row["video_id"] for row in group)])[:24]
+        for row in group:
+            row["unit_id"] = unit_id
+    return rows
