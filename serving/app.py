@@ -1,0 +1,238 @@
+"""A served world on Ray Serve: `lampworks serve`.
+
+    players -> Gateway (CPU: doors, sessions, JPEG) -> WorldModel (device: caches, batching), one deployment per world
+                       \\-> session journal (SQLite)
+
+Gateways own a session while it is attached; model replicas hold nothing that can't be rebuilt. So a model replica may
+die, scale or be replaced while its players' sockets stay open.
+"""
+
+import logging
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import HTTPOptions, RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from infra.artifact import resolve
+from infra.cluster import connect
+from infra.config import Home, UserError
+from models.config import SamplerConfig
+from serving.config import ServeConfig
+from serving.gateway import Gateway
+from serving.protocol import Model, ModelInfo, ModelUnavailable, Prompted, StepJob, Stepped
+from serving.store import SqliteStore
+
+log = logging.getLogger(__name__)
+
+APP = "lampworks"
+UNAVAILABLE = (RayActorError, BackPressureError, DeploymentUnavailableError)
+ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
+
+
+@serve.deployment(
+    max_ongoing_requests=1024,
+    health_check_period_s=1,
+    health_check_timeout_s=10,
+    graceful_shutdown_timeout_s=10,
+    logging_config=QUIET,
+    request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+)
+class WorldModel:
+    """One replica of a world: an `Engine`, warmed up before it counts as ready."""
+
+    def __init__(self, config: ServeConfig, path: Path, reference: str) -> None:
+        self._engine = _load_engine(config, path, reference)
+
+    async def info(self) -> ModelInfo:
+        """What is served."""
+        return self._engine.info
+
+    async def prompt(self, frames_THWC: np.ndarray) -> Prompted:
+        """See `serving.protocol.Model`."""
+        return await self._engine.prompt(frames_THWC)
+
+    async def step(self, job: StepJob) -> Stepped | None:
+        """See `serving.protocol.Model`."""
+        return await self._engine.step(job)
+
+    def check_health(self) -> None:
+        """Has Serve replace the replica when its engine has stopped."""
+        if not self._engine.alive:
+            raise RuntimeError("the engine has stopped")
+
+
+class RemoteModel:
+    """A world that runs in `WorldModel` replicas. Implements `serving.protocol.Model`.
+
+    Calls carry the session id, which consistent hashing keeps on one replica as long as it lives.
+    """
+
+    def __init__(self, handle: DeploymentHandle, info: ModelInfo) -> None:
+        self.info, self._handle = info, handle
+
+    async def ready(self) -> bool:
+        """Whether a replica answers."""
+        try:
+            return await self._handle.info.remote() == self.info
+        except UNAVAILABLE:
+            return False
+
+    async def prompt(self, frames_THWC: np.ndarray) -> Prompted:
+        """Tokens of prompt frames, by any replica."""
+        try:
+            return await self._handle.prompt.remote(frames_THWC)
+        except UNAVAILABLE as error:
+            raise ModelUnavailable(str(error)) from error
+
+    async def step(self, job: StepJob) -> Stepped | None:
+        """The next frame, by the session's replica; Serve itself never repeats a call that died with its replica."""
+        try:
+            return await self._handle.options(session_id=job.session or None).step.remote(job)
+        except UNAVAILABLE as error:
+            raise ModelUnavailable(str(error)) from error
+
+
+@serve.deployment(
+    max_ongoing_requests=4096,  # a socket counts as one request for as long as it is open
+    health_check_period_s=1,
+    health_check_timeout_s=10,
+    graceful_shutdown_timeout_s=10,
+    logging_config=QUIET,
+)
+@serve.ingress()
+class GatewayReplica:
+    """The doors as a deployment."""
+
+    async def __init__(self, config: ServeConfig, worlds: Mapping[str, Path], *handles: DeploymentHandle) -> None:
+        models: dict[str, Model] = {}
+        for reference, handle in zip(worlds, handles, strict=False):
+            models[reference] = RemoteModel(handle, await handle.info.remote())
+        if config.colocated:
+            models = {reference: _load_engine(config, path, reference) for reference, path in worlds.items()}
+        galleries = {reference: path / "prompts" for reference, path in worlds.items()}
+        store = SqliteStore(Home(config.home).sessions_db)
+        self._gateway = Gateway(config, models, galleries, store)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls this for the application behind the proxy."""
+        return self._gateway.app()
+
+
+class ServedWorld:
+    """A running application; `stop` (or leaving the `with` block) ends it and everything it started."""
+
+    def __init__(self, config: ServeConfig, url: str, running: ExitStack) -> None:
+        self.config, self.url, self._running = config, url, running
+
+    def stop(self) -> None:
+        """Shuts Serve down, and Ray where `serve_world` started it. Sessions stay in the journal."""
+        self._running.close()
+
+    def __enter__(self) -> "ServedWorld":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+
+def serve_world(config: ServeConfig, block: bool = False) -> ServedWorld:
+    """Serves worlds until it is stopped.
+
+    Args:
+        config: what to serve, and where.
+        block: wait here for Ctrl-C, then stop.
+
+    Returns:
+        The running application, ready for players.
+
+    Raises:
+        UserError: the port is taken, or a world artifact is missing or damaged.
+    """
+    home = Home(config.home)
+    worlds = {a.reference: a.path for a in (resolve(home, name, kind="world") for name in config.worlds)}
+    port = _claim_port(config.host, config.port)
+    with ExitStack() as stack:
+        stack.enter_context(connect(config.cluster))
+        # On a cluster that others use too, only our application goes; the proxies stay.
+        stack.callback(serve.delete if config.cluster.address != "local" else _shut_down, APP)
+        serve.start(http_options=HTTPOptions(host=config.host, port=port), logging_config=QUIET)
+        serve.run(application(config, worlds), name=APP, route_prefix="/")
+        served = ServedWorld(config, f"http://{config.host}:{port}", stack.pop_all())
+    log.info("serving | url %s | worlds %s", served.url, ", ".join(worlds))
+    if block:
+        with served:
+            _wait()
+    return served
+
+
+def application(config: ServeConfig, worlds: Mapping[str, Path]) -> serve.Application:
+    """The graph of deployments: one gateway tier in front of one deployment per world."""
+    handles = []
+    for reference, path in () if config.colocated else worlds.items():
+        options: dict[str, Any] = {"num_cpus": 0.5, "num_gpus": 1 if config.device == "cuda" else 0}
+        model = WorldModel.options(
+            name="world-" + reference.replace("@", "-"), num_replicas=config.replicas, ray_actor_options=options
+        )
+        handles.append(model.bind(config, path, reference))
+    gateway = GatewayReplica.options(
+        num_replicas=config.gateways,
+        ray_actor_options={"num_cpus": 0.25, "num_gpus": 1 if config.colocated and config.device == "cuda" else 0},
+    )
+    return gateway.bind(config, dict(worlds), *handles)
+
+
+def _load_engine(config: ServeConfig, path: Path, reference: str) -> Model:
+    """Loads a world onto this replica's device and warms it up."""
+    import torch  # gateways never get here: they start in a second and stay small
+
+    from models.world import World
+    from serving.engine import Engine
+
+    torch.set_num_threads(config.threads)
+    engine = Engine(
+        World.load(path, config.device),
+        reference=reference,
+        sampler=config.sampler or SamplerConfig(),
+        slots=config.slots,
+        cache_bytes=config.cache_bytes,
+    )
+    engine.warm_up()
+    return engine
+
+
+def _claim_port(host: str, port: int) -> int:
+    """The port to use; proves that it is free, since Serve would retry in the background instead of failing."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {host}:{port} ({error.strerror}): stop what uses it, or choose another --port"
+            ) from error
+        return probe.getsockname()[1]
+
+
+def _shut_down(name: str) -> None:
+    log.info("stopping | application %s", name)
+    serve.shutdown()
+
+
+def _wait() -> None:
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        log.info("interrupted: stopping")

@@ -1,0 +1,123 @@
+"""What a served world may be told: where it listens, how many players it takes, what it refuses."""
+
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+
+from infra.config import ClusterConfig, UserError
+from models.config import SamplerConfig
+
+MAX_ACTIONS = 255
+"""An action travels as one byte."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds on what a client may ask for. Every refusal names the bound it ran into."""
+
+    picture_bytes: int = 8 * 2**20
+    """Largest request body with a prompt picture."""
+    picture_px: int = 16_000_000
+    """Most pixels of a prompt picture, read from its header before it is decoded."""
+    picture_side_px: int = 8
+    """Shortest side of a prompt picture."""
+    steps: int = 20_000
+    """Longest session, in steps."""
+    forks: int = 16
+    """Most copies one fork request may make."""
+    live_players: int = 256
+    """Open play sockets of one gateway."""
+    creates_per_min: int = 120
+    """New sessions of one owner (an API key, or a client address) in a minute."""
+    stored_bytes: int = 4 * 2**30
+    """Journal bytes of one owner."""
+    messages_per_s: float = 200.0
+    """Messages of one play socket; a burst of twice as many is accepted."""
+    steps_per_s: float = 60.0
+    """Steps of one session; faster players are slowed down, not refused."""
+    idle_s: float = 900.0
+    """A play socket without a message for this long is closed."""
+    step_timeout_s: float = 60.0
+    """How long a step waits for a model replica to come (back) before the client is told to retry."""
+    token_days: float = 30.0
+    """Age at which a session's token stops working."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise UserError(f"--limits.{name.replace('_', '-')} is {value}: give a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """One served application: worlds, the machine's share they get, and the doors."""
+
+    home: Path = Path("home")
+    """Folder of artifacts and of the session journal."""
+    world: str | tuple[str, ...] = "world"
+    """Reference(s) of world artifacts, such as "world" (newest version) or "world@v2"; the first is the default."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but loopback needs `keys`."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    replicas: int = 1
+    """Model replicas per world."""
+    gateways: int = 1
+    """Gateway replicas; with two, players of a killed one reconnect at once."""
+    slots: int = 8
+    """Sessions that one replica refines together."""
+    cache_bytes: int = 2 * 2**30
+    """Bound on one replica's session caches; fewer slots are made when they would not fit."""
+    device: str = "cpu"
+    """Torch device of a replica: cpu, or cuda (one GPU per replica)."""
+    threads: int = 1
+    """CPU threads of one model replica."""
+    sampler: SamplerConfig | None = None
+    """How frames are sampled; None takes the sampler's defaults."""
+    colocated: bool = False
+    """Model inside the gateway replica: one process less, for one machine."""
+    keys: tuple[str, ...] = ()
+    """SHA-256 (hex) of API keys that may create sessions; none means that everyone who reaches the port may."""
+    origins: tuple[str, ...] = ()
+    """Web origins, besides the page's own, whose scripts may call."""
+    hosts: tuple[str, ...] = ()
+    """Host names, besides loopback ones and `host`, that requests may be addressed to."""
+    limits: Limits = field(default_factory=Limits)
+    """Bounds on clients."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Which Ray cluster to run on."""
+
+    def __post_init__(self) -> None:
+        if not self.worlds:
+            raise UserError("--world is empty: name at least one world artifact, such as world@v1")
+        if not 0 <= self.port < 65536:
+            raise UserError(f"--port is {self.port}: give 0 (any free port) to 65535")
+        for name in ("replicas", "gateways", "slots", "cache_bytes", "threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
+        if self.sampler and self.sampler.policy == "rolling":
+            raise UserError(
+                "--sampler.policy is rolling: a rolling cache can't be rebuilt from recent frames after a failure; "
+                "serve with epoch or reprefill"
+            )
+        if not self.loopback and not self.keys:
+            raise UserError(
+                f"--host {self.host} is reachable from other machines: give --keys (SHA-256 of each API key: "
+                "printf %s KEY | sha256sum), or listen on 127.0.0.1 and forward the port with ssh -L"
+            )
+        for key in self.keys:
+            if len(key) != 64 or set(key) - set("0123456789abcdef"):
+                raise UserError(f"--keys has {key[:8]!r}...: give the SHA-256 of the key, 64 hex digits, not the key")
+
+    @property
+    def worlds(self) -> tuple[str, ...]:
+        """Every reference to serve, the default first."""
+        return (self.world,) if isinstance(self.world, str) else tuple(self.world)
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the port."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"

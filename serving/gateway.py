@@ -1,0 +1,359 @@
+"""The doors: REST, the play socket and the player page, as one ASGI application over sessions.
+
+It runs as a Ray Serve deployment (serving/app.py) and, the same, under any ASGI server.
+"""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, Header, Query, Request, Response, WebSocket
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from serving.config import ServeConfig
+from serving.edge import Edge
+from serving.export import session_mp4
+from serving.pictures import read_picture
+from serving.play import PlaySocket
+from serving.protocol import MAX_SEED, Model, Problem
+from serving.session import Sessions
+from serving.store import Session, SqliteStore
+
+PLAYER = Path(__file__).parent / "player"
+PAGE_FILES = {
+    "index.html": "text/html; charset=utf-8",
+    "player.js": "text/javascript; charset=utf-8",
+    "link.js": "text/javascript; charset=utf-8",
+    "player.css": "text/css; charset=utf-8",
+}
+Bearer = Annotated[str | None, Header(alias="authorization", description="Bearer and the token")]
+
+
+class StepBody(BaseModel):
+    """A step to take."""
+
+    model_config = ConfigDict(extra="forbid")
+    n: int = Field(ge=0, le=2**31, description="the step to take: the session's newest step + 1")
+    action: int = Field(ge=0, le=255)
+
+
+class ForkBody(BaseModel):
+    """A fork to make."""
+
+    model_config = ConfigDict(extra="forbid")
+    step: int | None = Field(None, ge=0, le=2**31, description="the last step that is shared; the newest by default")
+    n: int = Field(1, ge=1, le=1000, description="how many forks")
+
+
+class Gateway:
+    """Everything a client can reach.
+
+    Args:
+        config: the served application's settings.
+        models: served worlds by reference, the default first.
+        galleries: for each reference the folder of prompt pictures of its artifact.
+        store: the journal.
+    """
+
+    def __init__(
+        self, config: ServeConfig, models: Mapping[str, Model], galleries: Mapping[str, Path], store: SqliteStore
+    ) -> None:
+        self.config, self.models, self.store = config, models, store
+        self.sessions = Sessions(store, models, config.limits)
+        self.galleries = {ref: _gallery(folder) for ref, folder in galleries.items()}
+        self.players = 0
+
+    def app(self) -> FastAPI:
+        """The ASGI application."""
+        app = FastAPI(title="Lampworks", version="1", description="Playable worlds: sessions, steps, forks.")
+        app.add_middleware(Edge, config=self.config)
+        app.add_exception_handler(Problem, _on_problem)  # pyrefly: ignore[bad-argument-type]
+        app.add_exception_handler(HTTPException, _on_http)  # pyrefly: ignore[bad-argument-type]
+        app.add_exception_handler(RequestValidationError, _on_invalid)  # pyrefly: ignore[bad-argument-type]
+        session = "/v1/sessions/{session_id}"
+        for method, path, door in (
+            ("GET", "/healthz", self.healthz),
+            ("GET", "/readyz", self.readyz),
+            ("GET", "/v1/models", self.list_models),
+            ("GET", "/v1/gallery/{model}/{picture}.png", self.gallery_picture),
+            ("GET", session, self.show),
+            ("DELETE", session, self.delete),
+            ("POST", session + "/step", self.step),
+            ("POST", session + "/fork", self.fork),
+            ("POST", session + "/replay", self.replay),
+            ("GET", session + "/history", self.history),
+            ("GET", session + "/frames/{n}.jpg", self.frame),
+            ("GET", session + "/export.mp4", self.export),
+        ):
+            app.add_api_route(path, door, methods=[method])
+        app.add_api_route("/v1/sessions", self.create, methods=["POST"], status_code=201, openapi_extra=_CREATE_BODY)
+        app.add_api_route("/", self.page, methods=["GET"], include_in_schema=False)
+        app.add_api_route("/player/{name}", self.page, methods=["GET"], include_in_schema=False)
+        app.add_api_websocket_route(session + "/play", self.play)
+        return app
+
+    # -- about the server --------------------------------------------------------------------------------------------
+
+    async def healthz(self) -> dict[str, Any]:
+        """Whether the gateway runs."""
+        return {"status": "ok", "players": self.players}
+
+    async def readyz(self) -> dict[str, Any]:
+        """Whether sessions can be created: 503 until every world has a replica."""
+        for reference, model in self.models.items():
+            if not await model.ready():
+                raise Problem(503, "not-ready", f"{reference} has no replica yet", retry_after_s=2)
+        return {"status": "ready", "models": list(self.models)}
+
+    async def list_models(self) -> dict[str, Any]:
+        """The worlds that can be played, the default first, with their prompt pictures."""
+        return {
+            "models": [
+                {**vars(m.info), "gallery": list(self.galleries.get(ref, ()))} for ref, m in self.models.items()
+            ],
+            "key_needed": bool(self.config.keys),
+        }
+
+    async def gallery_picture(self, model: str, picture: str) -> Response:
+        """One prompt picture of a world."""
+        path = self.galleries.get(self._model(model), {}).get(picture)
+        if path is None:
+            raise Problem(404, "no-such-picture", f"{model} has no prompt picture {picture[:80]!r}")
+        cache = {"cache-control": "public, max-age=86400"}
+        return Response(path.read_bytes(), media_type="image/png", headers=cache)
+
+    async def page(self, name: str = "index.html") -> Response:
+        """The player page and its two files."""
+        if name not in PAGE_FILES:
+            raise Problem(404, "no-such-page", f"there is no {name[:80]!r} here")
+        headers = {"cache-control": "no-cache"}
+        return Response((PLAYER / name).read_bytes(), media_type=PAGE_FILES[name], headers=headers)
+
+    # -- sessions ----------------------------------------------------------------------------------------------------
+
+    async def create(self, request: Request, authorization: Bearer = None) -> dict[str, Any]:
+        """A session from a picture (multipart `picture`, one or several), base64 (JSON), or a gallery id."""
+        owner = self._owner(request, authorization)
+        fields, pictures = await _read_body(request)
+        reference = self._model(fields.get("model"))
+        info = self.models[reference].info
+        if fields.get("gallery") is not None:
+            path = self.galleries.get(reference, {}).get(str(fields["gallery"]))
+            if path is None:
+                raise Problem(404, "no-such-picture", f"{reference} has no prompt {str(fields['gallery'])[:80]!r}")
+            pictures = [path.read_bytes()]
+        if not 1 <= len(pictures) <= info.prompt_frames:
+            raise Problem(
+                422, "bad-prompt", f"{len(pictures)} pictures: send 1 to {info.prompt_frames} as 'picture', or a "
+                "'gallery' id", limit=info.prompt_frames,
+            )  # fmt: skip
+        shape = {"height_px": info.height_px, "width_px": info.width_px, "limits": self.config.limits}
+        frames = await asyncio.to_thread(lambda: np.stack([read_picture(p, **shape) for p in pictures]))
+        seed = _seed(fields.get("seed"))
+        session, token = await self.sessions.create(frames, seed=seed, model=reference, owner=owner)
+        return {**self._describe(session), "token": token}
+
+    async def show(self, session_id: str, authorization: Bearer = None) -> dict[str, Any]:
+        """What a session is and where it stands."""
+        return self._describe(self._open(session_id, authorization))
+
+    async def delete(self, session_id: str, authorization: Bearer = None) -> Response:
+        """Removes a session and its frames."""
+        self.store.delete(self._open(session_id, authorization).id)
+        return Response(status_code=204)
+
+    async def step(self, session_id: str, body: StepBody, authorization: Bearer = None) -> dict[str, Any]:
+        """Takes step n; asked for again, it gives the stored frame."""
+        session = self._open(session_id, authorization)
+        _, message = await self.sessions.step(session, body.n, body.action)
+        return {
+            "step": message.step,
+            "action": message.action,
+            "replayed": bool(message.flags & message.flags.REPLAYED),
+            "frame": base64.b64encode(message.jpeg).decode(),
+            "timings": vars(message.timings),
+        }
+
+    async def fork(
+        self, request: Request, session_id: str, body: ForkBody, authorization: Bearer = None
+    ) -> dict[str, Any]:
+        """New sessions that share the history up to a step. Rewinding is forking and going on in the fork."""
+        session = self._open(session_id, authorization)
+        if body.n > self.config.limits.forks:
+            limit = self.config.limits.forks
+            raise Problem(422, "too-many-forks", f"{body.n} forks: at most {limit} at once", limit=limit)
+        step = session.step if body.step is None else body.step
+        forks = [self.sessions.fork(session, step, session.owner) for _ in range(body.n)]
+        return {"sessions": [{**self._describe(s), "token": t} for s, t in forks]}
+
+    async def replay(
+        self, session_id: str, authorization: Bearer = None, steps: Annotated[int, Query(ge=1, le=1000)] = 100
+    ) -> dict[str, Any]:
+        """Computes the first steps again and compares them with the journal, token by token."""
+        session = self._open(session_id, authorization)
+        different = await self.sessions.replay(session, steps)
+        return {"steps": min(steps, session.step - session.start), "equal": different is None, "differs_at": different}
+
+    async def history(self, session_id: str, authorization: Bearer = None) -> dict[str, Any]:
+        """The actions of a session: with the prompt and the seed they determine every frame."""
+        session = self._open(session_id, authorization)
+        return {**self._describe(session), "history": self.store.actions(session.id)}
+
+    async def frame(self, session_id: str, n: int, authorization: Bearer = None) -> Response:
+        """A committed frame."""
+        message = self.sessions.stored(self._open(session_id, authorization), n)
+        headers = {"cache-control": "private, max-age=86400, immutable"}
+        return Response(message.jpeg, media_type="image/jpeg", headers=headers)
+
+    async def export(self, session_id: str, authorization: Bearer = None) -> Response:
+        """The session as a video."""
+        session = self._open(session_id, authorization)
+        rows = list(self.store.rows(session.id, session.first, session.step))
+        video = await asyncio.to_thread(session_mp4, rows, self.models[session.model].info.fps)
+        name = f'attachment; filename="lampworks-{session.id}.mp4"'
+        return Response(video, media_type="video/mp4", headers={"content-disposition": name})
+
+    async def play(self, socket: WebSocket, session_id: str) -> None:
+        """The play socket (serving/play.py)."""
+        self.players += 1
+        try:
+            await PlaySocket(socket, self.sessions, self.config.limits).serve(session_id, self.players)
+        finally:
+            self.players -= 1
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _open(self, session_id: str, authorization: str | None) -> Session:
+        return self.sessions.open(session_id, _bearer(authorization))
+
+    def _owner(self, request: Request, authorization: str | None) -> str:
+        """Whose quota a new session counts for: an API key's, or with no keys set the client address's."""
+        if not self.config.keys:
+            return f"address:{request.client.host if request.client else 'unknown'}"
+        given = hashlib.sha256((_bearer(authorization) or "").encode()).hexdigest()
+        if not any(hmac.compare_digest(given, key) for key in self.config.keys):
+            raise Problem(401, "key-needed", "creating a session needs an API key: 'Authorization: Bearer <key>'")
+        return f"key:{given[:12]}"
+
+    def _model(self, name: object) -> str:
+        """The served reference that a client means: a full one, a bare name, or nothing for the default."""
+        references = list(self.models)
+        if name in (None, ""):
+            return references[0]
+        found = next((r for r in references if name in (r, r.split("@")[0])), None)
+        if found is None:
+            raise Problem(404, "no-such-model", f"{str(name)[:80]!r} is not served: {', '.join(references)}")
+        return found
+
+    def _describe(self, session: Session) -> dict[str, Any]:
+        info = self.models[session.model].info
+        kept = ("model", "seed", "first", "start", "step", "created", "parent", "parent_step")
+        about = {name: getattr(session, name) for name in kept}
+        size = {"height_px": info.height_px, "width_px": info.width_px}
+        return {"session": session.id, **about, "actions": info.actions, "fps": info.fps, **size}
+
+
+def _gallery(folder: Path) -> dict[str, Path]:
+    """Prompt pictures of an artifact by id; a client can only name what is listed here."""
+    return {p.stem: p for p in sorted(folder.glob("*.png"))}
+
+
+def _bearer(authorization: str | None) -> str | None:
+    scheme, _, token = (authorization or "").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def _seed(value: object) -> int:
+    if value in (None, ""):
+        return secrets.randbelow(2**32)
+    try:
+        seed = int(str(value))
+    except ValueError:
+        seed = -1
+    if not 0 <= seed <= MAX_SEED:
+        raise Problem(422, "bad-seed", f"seed {str(value)[:40]!r}: give a whole number from 0 to {MAX_SEED}")
+    return seed
+
+
+async def _read_body(request: Request) -> tuple[dict[str, Any], list[bytes]]:
+    """Fields and pictures of a create request, from multipart or JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip()
+    if kind == "multipart/form-data":
+        async with request.form(max_files=64, max_fields=16) as form:
+            pictures = [await v.read() for _, v in form.multi_items() if isinstance(v, UploadFile)]
+            return {k: v for k, v in form.multi_items() if isinstance(v, str)}, pictures
+    if kind != "application/json":
+        raise Problem(415, "bad-body", f"content-type {kind[:80]!r}: send multipart/form-data or application/json")
+    try:
+        fields = json.loads(await request.body())
+        given = fields.get("picture") or []
+        pictures = [base64.b64decode(p, validate=True) for p in ([given] if isinstance(given, str) else given)]
+    except (ValueError, AttributeError, TypeError, RecursionError, binascii.Error) as error:
+        raise Problem(
+            422, "bad-body", "send a JSON object whose 'picture' is base64, or a list of base64 strings"
+        ) from error
+    return fields, pictures
+
+
+async def _on_problem(request: Request, problem: Problem) -> Response:
+    return Response(
+        json.dumps(problem.body()), problem.status, problem.headers(), media_type="application/problem+json"
+    )
+
+
+async def _on_http(request: Request, error: HTTPException) -> Response:
+    slug = str(error.detail).lower().replace(" ", "-")
+    response = await _on_problem(request, Problem(error.status_code, slug, str(error.detail)))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_invalid(request: Request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return await _on_problem(request, Problem(422, "invalid-request", f"{where}: {first['msg']}"))
+
+
+_CREATE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "picture": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                        "gallery": {"type": "string"},
+                        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
+                        "model": {"type": "string"},
+                    },
+                }
+            },
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "picture": {
+                            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+                            "description": "base64 of a PNG, JPEG or WebP picture, or of several frames",
+                        },
+                        "gallery": {"type": "string"},
+                        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
+                        "model": {"type": "string"},
+                    },
+                }
+            },
+        },
+    }
+}

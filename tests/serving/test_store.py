@@ -1,0 +1,98 @@
+import threading
+import time
+
+import pytest
+
+from serving.store import Commit, Row, Session, SqliteStore
+
+
+def row(step, action=0, context=1):
+    return Row(step=step, action=action, context=context, tokens=bytes([step % 256, 0]), jpeg=b"jpeg%d" % step)
+
+
+def session(name="s", **given):
+    values = {
+        "id": name, "owner": "me", "model": "world@v1", "seed": 7, "first": 0, "start": 0, "step": 0, "epoch": 0,
+        "created": time.time(), "parent": None, "parent_step": None, "prompt": "ab",
+    }  # fmt: skip
+    return Session(**(values | given))
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = SqliteStore(tmp_path / "sessions.db")
+    store.create(session(), "secret", [row(0, -1)])
+    yield store
+    store.close()
+
+
+def test_a_session_opens_with_its_own_token_only(store):
+    assert store.open("s", "secret").seed == 7
+    assert store.open("s", "forged") is None
+    assert store.open("other", "secret") is None
+
+
+def test_the_token_is_not_in_the_file(store, tmp_path):
+    store.close()
+    assert all(b"secret" not in p.read_bytes() for p in tmp_path.iterdir())
+
+
+def test_a_step_lands_once_and_only_in_order(store):
+    assert store.commit("s", 0, row(1)) is Commit.OK
+    assert store.commit("s", 0, row(1, action=5)) is Commit.DUPLICATE
+    assert store.commit("s", 0, row(3)) is Commit.GAP
+    assert store.row("s", 1).action == 0, "the first one counts"
+    assert [r.step for r in store.rows("s", 0, 9)] == [0, 1]
+
+
+def test_attaching_fences_the_one_before(store):
+    first = store.attach("s")
+    second = store.attach("s")
+    assert store.commit("s", first.epoch, row(1)) is Commit.FENCED
+    assert store.commit("s", second.epoch, row(1)) is Commit.OK
+    assert store.attach("nobody") is None
+    assert store.commit("nobody", 0, row(1)) is Commit.GONE
+
+
+def test_of_many_writers_of_one_step_exactly_one_wins(tmp_path, store):
+    outcomes, steps = [], 30
+
+    def write(number):
+        mine = SqliteStore(tmp_path / "sessions.db")
+        for step in range(1, steps + 1):
+            while (done := mine.commit("s", 0, row(step, action=number))) is Commit.GAP:
+                time.sleep(0.001)
+            outcomes.append(done)
+        mine.close()
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert outcomes.count(Commit.OK) == steps
+    assert outcomes.count(Commit.DUPLICATE) == 3 * steps
+    assert [r.step for r in store.rows("s", 0, 99)] == list(range(steps + 1))
+
+
+def test_a_fork_shares_the_past_and_not_the_future(store):
+    for step in range(1, 5):
+        store.commit("s", 0, row(step, context=step + 1))
+    forked = store.fork("s", 2, "f", "other", "me")
+    assert (forked.step, forked.parent, forked.parent_step, forked.seed) == (2, "s", 2, 7)
+    assert list(store.rows("f", 0, 9)) == list(store.rows("s", 0, 2))
+    assert store.commit("f", 0, row(3, action=4)) is Commit.OK
+    assert store.row("s", 3).action == 0
+    assert store.open("f", "other").step == 3
+    assert store.fork("s", 9, "g", "t", "me") is None
+    assert store.fork("nobody", 0, "g", "t", "me") is None
+
+
+def test_usage_counts_sessions_bytes_and_fresh_ones(store):
+    store.create(session("old", created=time.time() - 3600), "x", [row(0, -1)])
+    store.commit("s", 0, row(1))
+    usage = store.usage("me")
+    assert (usage.sessions, usage.created_lately) == (2, 1)
+    assert usage.bytes == 2 * row(0).size_bytes + row(1).size_bytes
+    store.delete("s")
+    assert store.usage("me").sessions == 1
+    assert store.row("s", 0) is None
+    assert store.usage("stranger") == store.usage("nobody")
