@@ -1,8 +1,9 @@
-"""The latent action model: what happened between two frames, as one of a few codes, learnt without labels (paper, 2.1)."""
+"""The latent action model: what happened between two frames, as one of a few codes, without labels (paper, 2.1)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from models.config import ActionsConfig, ModelError
 from models.quantizer import Codebook, Quantized
@@ -59,6 +60,7 @@ class LatentActionModel(nn.Module):
         patches = patchify(batch["frames"], self.cfg.patch)
         return self.codebook(self.encodings(patches), batch.get("key")), patches
 
+    @override
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Prediction and codebook loss of batch["frames"] uint8 (B, T, H, W, C), batch["key"] (B,)."""
         actions, patches = self.quantized(batch)
@@ -69,8 +71,12 @@ class LatentActionModel(nn.Module):
         error = F.mse_loss(self.predict(patches[:, :-1], actions.vectors), patches[:, 1:])
         copying = F.mse_loss(patches[:, :-1], patches[:, 1:]).detach()
         loss = error / (copying + 1e-4) + actions.loss
-        metrics = {"loss": loss, "mse": error, "gain_db": 10 * ((copying + 1e-10) / (error + 1e-10)).log10(),
-                   "codebook_loss": actions.loss}  # fmt: skip
+        metrics = {
+            "loss": loss,
+            "mse": error,
+            "gain_db": 10 * ((copying + 1e-10) / (error + 1e-10)).log10(),
+            "codebook_loss": actions.loss,
+        }
         metrics |= self.codebook.metrics(actions.codes)
         return loss, {name: value.detach() for name, value in metrics.items()}
 

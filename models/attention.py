@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from models.config import TransformerConfig
 
@@ -46,8 +47,16 @@ class Clock:
     seen: Tensor
 
     @classmethod
-    def at(cls, rows: slice | Tensor, position_S: Tensor, first_S: Tensor, cells: int, window: int,
-           head_size: int, dtype: torch.dtype) -> "Clock":  # fmt: skip
+    def at(
+        cls,
+        rows: slice | Tensor,
+        position_S: Tensor,
+        first_S: Tensor,
+        cells: int,
+        window: int,
+        head_size: int,
+        dtype: torch.dtype,
+    ) -> "Clock":
         """For new frames at `position_S` of streams whose cached frames begin at `first_S`, in a ring of `cells`."""
         age = torch.remainder(position_S[:, None] - torch.arange(cells, device=position_S.device), cells)
         seen = (age < window) & (position_S[:, None] - age >= first_S[:, None])
@@ -56,7 +65,7 @@ class Clock:
 
 
 class Cache:
-    """Keys and values of past frames of one layer, for all slots: two tensors (slots, N, kv_heads, cells, head_size)."""
+    """Keys and values of past frames of one layer, for all slots: each (slots, N, kv_heads, cells, head_size)."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -80,8 +89,11 @@ class _Heads(nn.Module):
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., D) -> q (..., heads, size), k and v (..., kv_heads, size), normalised."""
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (-1, self.size)).split(
-            (self.heads, self.kv_heads, self.kv_heads), dim=-2)  # fmt: skip
+        q, k, v = (
+            self.qkv(self.norm(x))
+            .unflatten(-1, (-1, self.size))
+            .split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+        )
         if self.qk_gain is not None:
             q = F.layer_norm(q, (self.size,), self.qk_gain[0])
             k = F.layer_norm(k, (self.size,), self.qk_gain[1])
@@ -100,6 +112,7 @@ class SpatialAttention(_Heads):
     def __init__(self, cfg: TransformerConfig) -> None:
         super().__init__(cfg, cfg.heads)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """x (..., N, D) -> the change to add (..., N, D)."""
         q, k, v = (t.flatten(0, -4).transpose(1, 2) for t in self.split(x))
@@ -114,6 +127,7 @@ class TemporalAttention(_Heads):
         super().__init__(cfg, cfg.kv_heads or cfg.heads)
         self.window = cfg.window
 
+    @override
     def forward(self, x_BTND: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """Whole window; cos, sin (T, size), mask (T, T) says which frames each frame sees."""
         B, T, N, _ = x_BTND.shape
@@ -146,6 +160,7 @@ class TemporalAttention(_Heads):
 class FullAttention(TemporalAttention):
     """Every token sees all tokens of this frame and of the window-1 frames before it (C-ViViT, arXiv 2210.02399)."""
 
+    @override
     def forward(self, x_BTND: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """Whole window, as TemporalAttention, over T*N tokens at once."""
         B, T, N, _ = x_BTND.shape
@@ -156,6 +171,7 @@ class FullAttention(TemporalAttention):
         y = self.attend(q, k, v, mask).transpose(1, 2)
         return self.out(y.reshape(B, T, N, -1))
 
+    @override
     def step(self, x_SND: Tensor, cache: Cache, clock: Clock) -> Tensor:
         """One frame per slot, as TemporalAttention."""
         S, N, _ = x_SND.shape

@@ -40,7 +40,7 @@ def _positive(owner: object, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """The space-time transformer (paper, section 2): spatial attention -> causal temporal attention -> one feed-forward."""
+    """The space-time transformer (paper, section 2): spatial, then causal temporal attention, then one feed-forward."""
 
     layers: int = 8
     """Attention layers. With attention "st", spatial and temporal ones alternate, two to a block with one feed-forward
@@ -68,8 +68,10 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         _positive(self, "layers", "width", "heads", "head_size", "ff_ratio", "window")
         _one_of("TransformerConfig.attention", self.attention, get_args(Attention))
-        _require(self.kv_heads >= 0 and (not self.kv_heads or self.heads % self.kv_heads == 0),
-                 f"TransformerConfig.kv_heads is {self.kv_heads}; it must be 0 or divide heads={self.heads}")  # fmt: skip
+        _require(
+            self.kv_heads >= 0 and (not self.kv_heads or self.heads % self.kv_heads == 0),
+            f"TransformerConfig.kv_heads is {self.kv_heads}; it must be 0 or divide heads={self.heads}",
+        )
         _require(self.head_size % 2 == 0, f"TransformerConfig.head_size is {self.head_size}; RoPE needs an even one")
 
     @property
@@ -106,9 +108,11 @@ class CodebookConfig:
         _require(0 <= self.warmup_share < 1, f"CodebookConfig.warmup_share is {self.warmup_share}; give one in [0, 1)")
         _require(0 < self.decay < 1, f"CodebookConfig.decay is {self.decay}; give one in (0, 1)")
         if self.kind == "fsq":
-            _require(prod(self.levels) == self.size and len(self.levels) == self.dim and min(self.levels) > 1,
-                     f"CodebookConfig.levels is {self.levels}; fsq needs dim={self.dim} levels above 1 "
-                     f"with product size={self.size}")  # fmt: skip
+            _require(
+                prod(self.levels) == self.size and len(self.levels) == self.dim and min(self.levels) > 1,
+                f"CodebookConfig.levels is {self.levels}; fsq needs dim={self.dim} levels above 1 "
+                f"with product size={self.size}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +178,14 @@ class ActionsConfig:
         _positive(self, "height_px", "width_px", "patch")
         _require(self.frames >= 2, f"ActionsConfig.frames is {self.frames}; an action lies between two frames")
         _one_of("ActionsConfig.source", self.source, ("pixels", "tokens"))
-        _require(self.source == "pixels" or self.vocabulary > 0,
-                 "ActionsConfig.vocabulary is 0; set it to the tokenizer's codebook size with source='tokens'")  # fmt: skip
-        _require(self.coarse >= 0 and (not self.coarse or self.codebook.size % self.coarse == 0),
-                 f"ActionsConfig.coarse is {self.coarse}; it must divide the {self.codebook.size} actions")  # fmt: skip
+        _require(
+            self.source == "pixels" or self.vocabulary > 0,
+            "ActionsConfig.vocabulary is 0; set it to the tokenizer's codebook size with source='tokens'",
+        )
+        _require(
+            self.coarse >= 0 and (not self.coarse or self.codebook.size % self.coarse == 0),
+            f"ActionsConfig.coarse is {self.coarse}; it must divide the {self.codebook.size} actions",
+        )
 
     @property
     def rows(self) -> int:
@@ -246,14 +254,22 @@ class WorldConfig:
     def __post_init__(self) -> None:
         t, a, d = self.tokenizer, self.actions, self.dynamics
         _positive(self, "fps")
-        _require((d.rows, d.columns) == (t.rows, t.columns),
-                 f"dynamics is for {d.rows}x{d.columns} tokens, the tokenizer makes {t.rows}x{t.columns}; set rows and columns")  # fmt: skip
-        _require(d.vocabulary == t.codebook.size,
-                 f"dynamics.vocabulary is {d.vocabulary}, the tokenizer has {t.codebook.size} codes; make them equal")  # fmt: skip
-        _require(d.actions == a.codebook.size,
-                 f"dynamics.actions is {d.actions}, the latent action model has {a.codebook.size}; make them equal")  # fmt: skip
-        _require((a.height_px, a.width_px) == (t.height_px, t.width_px),
-                 f"actions watches {a.height_px}x{a.width_px} px, the tokenizer {t.height_px}x{t.width_px}; make them equal")  # fmt: skip
+        _require(
+            (d.rows, d.columns) == (t.rows, t.columns),
+            f"dynamics is for {d.rows}x{d.columns} tokens, the tokenizer makes {t.rows}x{t.columns}; set them equal",
+        )
+        _require(
+            d.vocabulary == t.codebook.size,
+            f"dynamics.vocabulary is {d.vocabulary}, the tokenizer has {t.codebook.size} codes; make them equal",
+        )
+        _require(
+            d.actions == a.codebook.size,
+            f"dynamics.actions is {d.actions}, the latent action model has {a.codebook.size}; make them equal",
+        )
+        _require(
+            (a.height_px, a.width_px) == (t.height_px, t.width_px),
+            f"actions watches {a.height_px}x{a.width_px} px, the tokenizer {t.height_px}x{t.width_px}; make them equal",
+        )
 
     @property
     def frames(self) -> int:
@@ -290,8 +306,14 @@ class SamplerConfig:
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """The settings as plain JSON-ready values."""
-    return {f.name: config_to_dict(v) if is_dataclass(v := getattr(config, f.name)) else list(v) if isinstance(v, tuple) else v
-            for f in fields(config)}  # fmt: skip
+    return {
+        f.name: config_to_dict(v)
+        if is_dataclass(v := getattr(config, f.name))
+        else list(v)
+        if isinstance(v, tuple)
+        else v
+        for f in fields(config)
+    }
 
 
 def config_from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:

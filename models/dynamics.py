@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from models.attention import Cache, Clock
 from models.config import DynamicsConfig, ModelError
@@ -96,6 +97,7 @@ class Dynamics(nn.Module):
         random = (uniform_for(key_B, _TOKEN, *shape) * self.cfg.vocabulary).long()
         return torch.where(wrong, random, tokens_BTN), (amount[:, 0] * _LEVELS).long()
 
+    @override
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy at hidden tokens of batch["tokens"] (B, T, N), given batch["actions"] (B, T-1), batch["key"].
 
@@ -121,8 +123,9 @@ class Dynamics(nn.Module):
         right = ((logits.argmax(-1) == target).flatten() * weight).sum() / total
         return loss, {"loss": loss.detach(), "accuracy": right.detach(), "masked": weight.mean()}
 
-    def _two_streams(self, context: Tensor, guess: Tensor, actions: Tensor, level: Tensor | None,
-                     target: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def _two_streams(
+        self, context: Tensor, guess: Tensor, actions: Tensor, level: Tensor | None, target: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Complete teacher forcing: each masked frame sees complete past frames, as in generation."""
         action = self.with_first(actions)
         x, condition = self.enter(torch.cat((context, guess), 1), torch.cat((action, action), 1), level)
@@ -135,9 +138,12 @@ class Dynamics(nn.Module):
             or tokens.shape[2] != self.cfg.tokens
             or actions.shape != (len(tokens), tokens.shape[1] - 1)
         ):
-            raise ModelError(f"dynamics got tokens {tuple(tokens.shape)} and actions {tuple(actions.shape)}; "
-                             f"give (B, T, {self.cfg.tokens}) and (B, T-1)")  # fmt: skip
+            raise ModelError(
+                f"dynamics got tokens {tuple(tokens.shape)} and actions {tuple(actions.shape)}; "
+                f"give (B, T, {self.cfg.tokens}) and (B, T-1)"
+            )
         for name, values, limit in (("tokens", tokens, self.cfg.vocabulary), ("actions", actions, self.cfg.actions)):
             if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
-                raise ModelError(f"dynamics got {name} in {int(values.min())}..{int(values.max())}; "
-                                 f"this model knows 0..{limit - 1}")  # fmt: skip
+                raise ModelError(
+                    f"dynamics got {name} in {int(values.min())}..{int(values.max())}; this model knows 0..{limit - 1}"
+                )

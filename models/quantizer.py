@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from models.config import CodebookConfig
 from models.noise import mix, uniform
@@ -61,6 +62,14 @@ def kmeans(points_MD: Tensor, codes: int) -> Tensor:
 class Codebook(nn.Module):
     """K codes of `dim` features; see CodebookConfig for the kinds."""
 
+    codes: Tensor
+    usage: Tensor
+    sums: Tensor
+    seen_count: Tensor
+    seen_sum: Tensor
+    pool: Tensor
+    pool_rank: Tensor
+
     def __init__(self, cfg: CodebookConfig) -> None:
         super().__init__()
         self.cfg = cfg
@@ -76,17 +85,22 @@ class Codebook(nn.Module):
             self.register_buffer("codes", codes, persistent=cfg.kind != "fsq")
         self.register_buffer("usage", torch.ones(cfg.size))  # moving average of uses per step
         self.register_buffer("sums", codes.clone() if cfg.kind in ("ema", "cosine") else torch.zeros(0))
-        for name, value in {"seen_count": torch.zeros(cfg.size), "seen_sum": torch.zeros(cfg.size, cfg.dim),
-                            "pool": torch.zeros(pool, cfg.dim), "pool_rank": torch.full((pool,), -1.0)}.items():  # fmt: skip
+        for name, value in {
+            "seen_count": torch.zeros(cfg.size),
+            "seen_sum": torch.zeros(cfg.size, cfg.dim),
+            "pool": torch.zeros(pool, cfg.dim),
+            "pool_rank": torch.full((pool,), -1.0),
+        }.items():
             self.register_buffer(name, value, persistent=False)  # empty between steps, so not part of a checkpoint
 
+    @override
     def _apply(self, fn: Any, recurse: bool = True) -> "Codebook":
         """Move as usual, but never lower the codes' precision: sums of many steps do not fit bf16."""
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, value in self.named_buffers():
             if value.dtype in (torch.bfloat16, torch.float16):
-                self._buffers[name] = before[name].to(value.device)
+                self._buffers[name] = before[name].to(device=value.device)
         return self
 
     def begin_step(self, step: int, total_steps: int) -> None:
@@ -94,6 +108,7 @@ class Codebook(nn.Module):
         warm = max(1, ceil(self.cfg.warmup_share * total_steps))
         self.continuous, self._starting = step < warm, step == warm - 1
 
+    @override
     def forward(self, z: Tensor, key_B: Tensor | None = None) -> Quantized:
         """Encodings (B, ..., dim), sample keys (B,) -> Quantized. While training, also gathers statistics."""
         if self.cfg.kind == "fsq":
@@ -123,7 +138,8 @@ class Codebook(nn.Module):
         """Vectors (..., dim) of codes int64 (...)."""
         if self.cfg.kind != "fsq":
             return self.codes[codes]
-        digits, basis = [], 1
+        digits: list[Tensor] = []
+        basis = 1
         for levels in self.cfg.levels:
             digits.append((codes // basis % levels - levels // 2) / (levels // 2))
             basis *= levels

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from models.attention import Cache, Clock
 from models.config import ModelError, TokenizerConfig
@@ -15,8 +16,10 @@ def check_frames(frames: Tensor, height_px: int, width_px: int, where: str) -> N
     if frames.dtype != torch.uint8:
         raise ModelError(f"{where} got frames of {frames.dtype}; give uint8 in 0..255")
     if frames.ndim != 5 or tuple(frames.shape[2:]) != (height_px, width_px, 3):
-        raise ModelError(f"{where} got frames of shape {tuple(frames.shape)}; give (B, T, {height_px}, {width_px}, 3), "
-                         "resized to this world's size")  # fmt: skip
+        raise ModelError(
+            f"{where} got frames of shape {tuple(frames.shape)}; give (B, T, {height_px}, {width_px}, 3), "
+            "resized to this world's size"
+        )
 
 
 def patchify(frames_BTHWC: Tensor, patch: int) -> Tensor:
@@ -90,6 +93,7 @@ class Tokenizer(nn.Module):
         x = self.expand(vectors.to(self.expand.weight.dtype))
         return x if self.decoder_places is None else x + self.decoder_places()
 
+    @override
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction and codebook loss of batch["frames"] uint8 (B, T, H, W, C), batch["key"] (B,)."""
         check_frames(batch["frames"], self.cfg.height_px, self.cfg.width_px, "the tokenizer")
@@ -140,8 +144,10 @@ class Tokenizer(nn.Module):
         if tokens.shape[-1] != self.cfg.tokens:
             raise ModelError(f"got {tokens.shape[-1]} tokens per frame; this tokenizer makes {self.cfg.tokens}")
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.cfg.codebook.size:
-            raise ModelError(f"tokens range over {int(tokens.min())}..{int(tokens.max())}; "
-                             f"this tokenizer has codes 0..{self.cfg.codebook.size - 1}")  # fmt: skip
+            raise ModelError(
+                f"tokens range over {int(tokens.min())}..{int(tokens.max())}; "
+                f"this tokenizer has codes 0..{self.cfg.codebook.size - 1}"
+            )
 
     def decoder_step(self, tokens_SN: Tensor, caches: list[Cache | None], clock: Clock) -> Tensor:
         """Tokens of one new frame per slot -> its frame uint8 (S, H, W, C), given the cached frames before it."""

@@ -1,9 +1,12 @@
 """The space-time transformer: blocks of spatial attention, causal temporal attention and one feed-forward."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from models.attention import Cache, Clock, FullAttention, SpatialAttention, TemporalAttention, rotation
 from models.config import TransformerConfig
@@ -26,6 +29,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, cfg.width)
         self.film = nn.Linear(cfg.width, 2 * cfg.width) if film else None
 
+    @override
     def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """x (..., N, D), condition (..., D) -> the change to add (..., N, D)."""
         y = self.norm(x)
@@ -45,6 +49,7 @@ class Block(nn.Module):
         self.temporal = (FullAttention if full else TemporalAttention)(cfg) if temporal else None
         self.feed = FeedForward(cfg, film)
 
+    @override
     def forward(self, x_BTND: Tensor, condition: Tensor | None, clock: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """A whole window (B, T, N, D); `clock` is (cos, sin, mask)."""
         x = x_BTND
@@ -53,6 +58,10 @@ class Block(nn.Module):
         if self.temporal is not None:
             x = x + self.temporal(x, *clock)
         return x + self.feed(x, condition)
+
+    def cache(self, slots: int, tokens: int, cells: int) -> Cache | None:
+        """An empty cache of the temporal attention, if there is one."""
+        return self.temporal.cache(slots, tokens, cells) if self.temporal is not None else None
 
     def step(self, x_SND: Tensor, condition: Tensor | None, cache: Cache | None, clock: Clock) -> Tensor:
         """One frame per slot (S, N, D); writes to the cache."""
@@ -72,9 +81,14 @@ class Transformer(nn.Module):
         self.cfg = cfg
         count = -(-cfg.layers // 2) if cfg.attention == "st" else cfg.layers
         self.blocks = nn.ModuleList(
-            Block(cfg, cfg.attention in ("st", "space"),
-                  cfg.attention == "full" or (cfg.attention == "st" and 2 * i + 1 < cfg.layers), film)
-            for i in range(count))  # fmt: skip
+            Block(
+                cfg,
+                cfg.attention in ("st", "space"),
+                cfg.attention == "full" or (cfg.attention == "st" and 2 * i + 1 < cfg.layers),
+                film,
+            )
+            for i in range(count)
+        )
         self.norm = nn.LayerNorm(cfg.width, bias=False)
         self.apply(_initialise)
         for block in self.blocks:
@@ -82,6 +96,7 @@ class Transformer(nn.Module):
                 if name.endswith(("out.weight", "down.weight")):
                     nn.init.trunc_normal_(weight, std=cfg.width**-0.5 / (2 * cfg.layers) ** 0.5)
 
+    @override
     def forward(self, x_BTND: Tensor, condition_BTD: Tensor | None = None, two_streams: bool = False) -> Tensor:
         """A whole window (B, T, N, D) -> features (B, T, N, D); frame t depends on frames <= t only.
 
@@ -96,21 +111,24 @@ class Transformer(nn.Module):
             time, mask = torch.cat((time, time)), torch.cat((above, torch.cat((mask & ~itself, itself), dim=1)))
         clock = (*rotation(time, cfg.head_size, x_BTND.dtype), mask)
         x = x_BTND
-        for block in self.blocks:
+        for block in self._blocks():
             if cfg.checkpointing and self.training:
                 x = checkpoint(block, x, condition_BTD, clock, use_reentrant=False)
             else:
                 x = block(x, condition_BTD, clock)
         return self.norm(x)
 
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
     def caches(self, slots: int, tokens: int, cells: int) -> list[Cache | None]:
-        """Empty caches for `slots` streams of `tokens` per frame, `cells` frames deep; None where a block needs none."""
-        return [b.temporal.cache(slots, tokens, cells) if b.temporal is not None else None for b in self.blocks]
+        """Empty caches for `slots` streams of `tokens` per frame, `cells` frames deep; None where none is needed."""
+        return [b.cache(slots, tokens, cells) for b in self._blocks()]
 
     def step(self, x_SND: Tensor, condition_SD: Tensor | None, caches: list[Cache | None], clock: Clock) -> Tensor:
         """One new frame per slot (S, N, D) -> its features (S, N, D), given the cached frames."""
         x = x_SND
-        for block, cache in zip(self.blocks, caches, strict=True):
+        for block, cache in zip(self._blocks(), caches, strict=True):
             x = block.step(x, condition_SD, cache, clock)
         return self.norm(x)
 
@@ -132,6 +150,7 @@ class Places(nn.Module):
         nn.init.trunc_normal_(self.rows, std=0.02)
         nn.init.trunc_normal_(self.columns, std=0.02)
 
+    @override
     def forward(self) -> Tensor:
         """Positions (N, D), in reading order."""
         return (self.rows + self.columns).flatten(0, 1)

@@ -1,0 +1,385 @@
+"""Draws the tokens of new frames for many sessions at once, with an exact cache: one pass is over one frame, not T.
+
+While a frame is refined, the keys and values of the frames before it are constants. A frame costs `steps` refinement
+passes and one commit pass that rewrites the cache from its final tokens, after the frame was handed out. Sessions join
+and leave between any two passes; what one draws is a function of its own tokens, actions, seed and step alone.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import cos, pi
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Clock
+from models.config import ModelError, SamplerConfig
+from models.noise import uniform
+
+if TYPE_CHECKING:
+    from models.world import World
+
+_IDLE, _REFINE, _COMMIT = range(3)
+_DRAW, _ORDER = 101, 102  # streams of random draws
+
+
+@dataclass
+class Window:
+    """All that rebuilds a session: tokens int64 (n, N), actions int64 (n-1,), index of the newest frame, seed."""
+
+    tokens: Tensor
+    actions: Tensor
+    step: int
+    seed: int
+
+
+@dataclass
+class Finished:
+    """A finished frame: its slot, tokens int64 (N,) and pixels uint8 (H, W, C), both in host memory."""
+
+    slot: int
+    tokens: Tensor
+    frame: Tensor
+
+
+@lru_cache
+def reveal_counts(tokens: int, steps: int) -> tuple[int, ...]:
+    """Tokens known after each pass: a cosine schedule (MaskGIT, 3.3), at least one more each time, at last all."""
+    counts = [0]
+    for step in range(1, steps + 1):
+        due = tokens - int(tokens * cos(pi / 2 * step / steps))
+        counts.append(tokens if step == steps else min(tokens, max(due, counts[-1] + 1)))
+    return tuple(counts[1:])
+
+
+@lru_cache
+def halton_order(rows: int, columns: int) -> Tensor:
+    """Rank (N,) of each place of a grid by a Halton sequence in bases 2 and 3: early places are spread evenly."""
+
+    def radical_inverse(i: int, base: int) -> float:
+        value, scale = 0.0, 1.0
+        while i:
+            scale /= base
+            value += scale * (i % base)
+            i //= base
+        return value
+
+    rank: dict[int, int] = {}
+    i = 1
+    while len(rank) < rows * columns:
+        place = int(radical_inverse(i, 2) * rows) * columns + int(radical_inverse(i, 3) * columns)
+        rank.setdefault(place, len(rank))
+        i += 1
+    return torch.tensor([rank[place] for place in range(rows * columns)])
+
+
+def draw(logits_SNK: Tensor, noise_SN: Tensor, temperature: float, top_k: int = 0) -> tuple[Tensor, Tensor]:
+    """Draw tokens by inverse distribution function -> tokens (S, N) and the logarithm of their probability."""
+    logits = logits_SNK.float()
+    if temperature == 0:
+        best, token = logits.log_softmax(-1).max(-1)
+        return token, best
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
+    probability = logits.softmax(-1)
+    cumulated = probability.cumsum(-1)
+    token = torch.searchsorted(cumulated, noise_SN[..., None] * cumulated[..., -1:]).clamp_max(logits.shape[-1] - 1)
+    chance = probability.gather(-1, token)
+    return token[..., 0], chance[..., 0].clamp_min(1e-30).log()
+
+
+@lru_cache
+def rows_alone_equal_rows_together(shapes: tuple[tuple[int, int], ...], tokens: int, slots: int, threads: int) -> bool:
+    """Whether this machine's matrix products give a slot the same bits alone and among others (measured, not assumed).
+
+    With one thread they do; with several, the split of work depends on the batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for out, inner in shapes:
+        x = torch.randn(slots, tokens, inner, generator=generator)
+        weight = torch.randn(out, inner, generator=generator)
+        alone = F.linear(x[:1], weight)
+        if not all(torch.equal(F.linear(x[:n], weight)[:1], alone) for n in range(2, slots + 1)):
+            return False
+    return True
+
+
+@dataclass
+class _Slot:
+    """What the host knows of a slot: its frames, its phase, and where its next frame goes in the cache."""
+
+    window: Window
+    phase: int = _IDLE
+    passed: int = 0  # refinement passes of the current frame
+    action: int = 0  # that leads to the current frame
+    queued: int | None = None  # action for the next one
+    position: int = 0  # in time, of the current frame
+    cached: int = 0  # frames before it that the cache holds
+
+
+class Decoder:
+    """A batch of `slots` sessions over one world. `advance` runs one pass over all that have work.
+
+    Memory past T frames follows the sampler's policy. Raises ModelError for actions, slots or windows out of range.
+
+    Attributes:
+        passes: frame-passes of the dynamics model so far (one frame of one slot each).
+    """
+
+    def __init__(self, world: "World", slots: int, sampler: SamplerConfig) -> None:
+        self.world, self.slots, self.sampler = world, slots, sampler
+        self.dynamics, self.tokenizer = world.dynamics.eval(), world.tokenizer.eval()
+        self.frames, self.tokens = world.dynamics.cfg.frames, world.dynamics.cfg.tokens
+        self.device, self.dtype = self.dynamics.head.weight.device, self.dynamics.head.weight.dtype
+        self.passes = 0
+        self._slots: list[_Slot | None] = [None] * slots
+        cells, self._kept, self._lost = self._memory()
+        self._cells = cells
+        self._caches = self.dynamics.transformer.caches(slots, self.dynamics.tokens, cells[0])
+        self._pixel_caches = self.tokenizer.decoder.caches(slots, self.tokens, cells[1])
+        self._current = torch.zeros(slots, self.tokens, dtype=torch.int64, device=self.device)
+        self._halton = halton_order(world.dynamics.cfg.rows, world.dynamics.cfg.columns).to(self.device)
+        self._together = self._may_share()
+
+    def _memory(self) -> tuple[tuple[int, int], int, int]:
+        """Cells of the two caches, frames kept when memory is full, and the most frames that a window holds."""
+        if self.sampler.policy != "rolling":
+            return (
+                (self.frames, self.frames),
+                (self.frames // 2 if self.sampler.policy == "epoch" else self.frames - 1),
+                self.frames,
+            )
+        reach = 1
+        cells = []
+        for name, cfg, trained in (
+            ("dynamics", self.dynamics.cfg.transformer, self.frames),
+            ("tokenizer's decoder", self.tokenizer.cfg.decoder, self.tokenizer.cfg.frames),
+        ):
+            if cfg.temporal and cfg.window >= trained:
+                raise ModelError(
+                    f"policy 'rolling' needs a {name} trained with a sliding window, but its window is {cfg.window} "
+                    f"of {trained} frames; train with a smaller window or use policy 'epoch'"
+                )
+            layers = cfg.layers // 2 if cfg.attention == "st" else cfg.layers
+            reach = max(reach, 1 + layers * (cfg.window - 1) * cfg.temporal)
+            cells.append(cfg.window)
+        return (cells[0], cells[1]), reach, 0
+
+    def _may_share(self) -> bool:
+        if self.device.type != "cpu":
+            return True
+        shapes = {
+            tuple(m.weight.shape)
+            for part in (self.dynamics, self.tokenizer)
+            for m in part.modules()
+            if isinstance(m, nn.Linear)
+        }
+        return rows_alone_equal_rows_together(
+            tuple(sorted(shapes)), self.dynamics.tokens, self.slots, torch.get_num_threads()
+        )
+
+    @property
+    def slot_bytes(self) -> int:
+        """Cache memory of one session."""
+        return sum(cache.slot_bytes for cache in (*self._caches, *self._pixel_caches) if cache is not None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a pass would do anything: a frame to refine, or a finished one to commit."""
+        return any(slot is not None and slot.phase != _IDLE for slot in self._slots)
+
+    # ------------------------------------------------------------------ sessions
+
+    def restore(self, slot: int, window: Window) -> None:
+        """Put a session into a free slot, rebuilt from its window: the same bits as if it had always been here."""
+        self._check_slot(slot)
+        if self._slots[slot] is not None:
+            raise ModelError(f"slot {slot} is taken; release it first")
+        self._slots[slot] = _Slot(self._checked(window))
+        self._refill(slot)
+
+    def window(self, slot: int) -> Window:
+        """All that rebuilds the slot's session as of its last finished frame."""
+        w = self._session(slot).window
+        return Window(w.tokens.clone(), w.actions.clone(), w.step, w.seed)
+
+    def release(self, slot: int) -> None:
+        """Forget the slot's session, whatever it is doing."""
+        self._check_slot(slot)
+        self._slots[slot] = None
+
+    def begin(self, slot: int, action: int) -> None:
+        """Ask for the slot's next frame after this action; it comes out of a later `advance`."""
+        session = self._session(slot)
+        if not 0 <= action < self.dynamics.cfg.actions:
+            raise ModelError(f"action {action} is out of range; this world knows 0..{self.dynamics.cfg.actions - 1}")
+        if session.phase == _REFINE or session.queued is not None:
+            raise ModelError(f"slot {slot} is still drawing a frame; wait until it is finished")
+        session.queued = action
+        if session.phase == _IDLE:
+            self._start(slot, session)
+
+    def _session(self, slot: int) -> _Slot:
+        self._check_slot(slot)
+        session = self._slots[slot]
+        if session is None:
+            raise ModelError(f"slot {slot} holds no session; restore one first")
+        return session
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.slots:
+            raise ModelError(f"slot {slot} is out of range; this decoder has slots 0..{self.slots - 1}")
+
+    def _checked(self, window: Window) -> Window:
+        tokens = torch.as_tensor(window.tokens).to("cpu", torch.int64)
+        actions = torch.as_tensor(window.actions).to("cpu", torch.int64).reshape(-1)
+        most = max(self.frames, self._kept)
+        if tokens.ndim != 2 or not 1 <= len(tokens) <= most or len(actions) != len(tokens) - 1:
+            raise ModelError(
+                f"a window has tokens {tuple(tokens.shape)} and {len(actions)} actions; "
+                f"give 1..{most} frames and one action fewer"
+            )
+        self.tokenizer.check_tokens(tokens)
+        if len(actions) and not 0 <= int(actions.min()) <= int(actions.max()) < self.dynamics.cfg.actions:
+            raise ModelError(
+                f"a window has actions {int(actions.min())}..{int(actions.max())}; "
+                f"this world knows 0..{self.dynamics.cfg.actions - 1}"
+            )
+        return Window(tokens, actions, int(window.step), int(window.seed))
+
+    # ------------------------------------------------------------------ passes
+
+    @torch.inference_mode()
+    def advance(self) -> list[Finished]:
+        """One pass over every slot with work -> the frames that it finished, in order of slots."""
+        for i, s in enumerate(self._slots):
+            if s is not None and s.phase == _COMMIT and self._full(s):
+                self._refill(i)
+        work = [i for i, s in enumerate(self._slots) if s is not None and s.phase != _IDLE]
+        finished: list[Finished] = []
+        for group in [work] if self._together else [[i] for i in work]:
+            if group:
+                finished += self._pass(group)
+        return finished
+
+    def _full(self, session: _Slot) -> bool:
+        return self.sampler.policy != "rolling" and len(session.window.tokens) >= self.frames
+
+    def _start(self, slot: int, session: _Slot) -> None:
+        """Turn the queued action, if any, into a frame to refine."""
+        session.phase, session.passed = _IDLE, 0
+        if session.queued is not None:
+            session.phase, session.action, session.queued = _REFINE, session.queued, None
+            self._current[slot] = self.dynamics.mask_token
+
+    @torch.inference_mode()
+    def _refill(self, slot: int) -> None:
+        """Write the cache anew from the kept frames of the window, frame by frame: the same bits as commit passes."""
+        session = self._session(slot)
+        w = session.window
+        keep = self._kept if self._full(session) or self.sampler.policy == "rolling" else len(w.tokens)
+        w.tokens, w.actions = w.tokens[-keep:], w.actions[-keep:][1:] if len(w.actions) >= keep else w.actions
+        session.position = w.step - len(w.tokens) + 1 if self.sampler.policy == "rolling" else 0
+        session.cached = 0
+        for tokens, action in zip(w.tokens, [self.dynamics.no_action, *w.actions.tolist()], strict=True):
+            session.action = action
+            self._current[slot] = tokens.to(self.device)
+            self._features([slot])
+            if self.tokenizer.cfg.decoder.temporal:
+                self._pixels([slot])
+            session.position += 1
+            session.cached += 1
+        self._start(slot, session)
+
+    def _pass(self, group: list[int]) -> list[Finished]:
+        """One pass over these slots: some refine a frame, some commit theirs."""
+        features = self._features(group)
+        drawing = [i for i in group if self._session(i).phase == _REFINE]
+        for i in group:
+            if i not in drawing:
+                session = self._session(i)
+                session.position += 1
+                session.cached += 1
+                self._start(i, session)
+        if not drawing:
+            return []
+        rows = [group.index(i) for i in drawing]
+        self._reveal(drawing, self.dynamics.leave(features if len(rows) == len(group) else features[rows]))
+        done = [i for i in drawing if self._session(i).passed == self.sampler.steps]
+        return self._finish(done) if done else []
+
+    def _reveal(self, slots: list[int], logits: Tensor) -> None:
+        """Draw the unknown tokens of the slots and keep as many as the schedule says; never waits for the device."""
+        cfg, sessions, rows = self.sampler, [self._session(i) for i in slots], self._rows(slots)
+        current = self._current[rows]
+        known = current != self.dynamics.mask_token
+        seed, step, passed, count = torch.tensor(
+            [
+                [
+                    s.window.seed & (2**63 - 1),
+                    s.window.step + 1,
+                    s.passed,
+                    reveal_counts(self.tokens, cfg.steps)[s.passed],
+                ]
+                for s in sessions
+            ],
+            device=self.device,
+        ).T[..., None]
+        place = torch.arange(self.tokens, device=self.device)
+        token, score = draw(logits, uniform(seed, step, passed, _DRAW, place), cfg.temperature, cfg.top_k)
+        if cfg.order == "halton":
+            score = -self._halton.expand_as(token).to(score.dtype)
+        elif cfg.order == "random":
+            score = uniform(seed, step, _ORDER, place)
+        else:
+            gumbel = -torch.log(-torch.log(uniform(seed, step, passed, _ORDER, place)))
+            score = score + cfg.order_noise * (1 - (passed + 1) / cfg.steps) * gumbel
+        rank = score.masked_fill(known, torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        guess = torch.where(rank < count, token, self.dynamics.mask_token)
+        self._current[rows] = torch.where(known, current, guess)
+        for session in sessions:
+            session.passed += 1
+
+    def _finish(self, slots: list[int]) -> list[Finished]:
+        """Decode the finished frames and hand them out; their commit pass comes later."""
+        frames, tokens = self._pixels(slots).cpu(), self._current[self._rows(slots)].to("cpu", copy=True)
+        finished = []
+        for i, frame, drawn in zip(slots, frames, tokens, strict=True):
+            session = self._session(i)
+            w = session.window
+            w.tokens = torch.cat((w.tokens, drawn[None]))
+            w.actions = torch.cat((w.actions, torch.tensor([session.action])))
+            if self.sampler.policy == "rolling":
+                w.tokens, w.actions = w.tokens[-self._kept :], w.actions[-(self._kept - 1) :]
+            w.step += 1
+            session.phase = _COMMIT
+            finished.append(Finished(i, drawn, frame))
+        return finished
+
+    def _rows(self, slots: list[int]) -> slice | Tensor:
+        """As a slice where slots are neighbours, so that caches are not copied."""
+        if slots[-1] - slots[0] + 1 == len(slots):
+            return slice(slots[0], slots[-1] + 1)
+        return torch.tensor(slots, device=self.device)
+
+    def _clock(self, slots: list[int], cells: int, window: int, size: int) -> Clock:
+        sessions = [self._session(i) for i in slots]
+        position, cached = torch.tensor([[s.position, s.cached] for s in sessions], device=self.device).T
+        return Clock.at(self._rows(slots), position, position - cached, cells, window, size, self.dtype)
+
+    def _features(self, slots: list[int]) -> Tensor:
+        """One pass of the dynamics over the slots' current tokens -> features (S, N', D); writes their cells."""
+        cfg = self.dynamics.cfg.transformer
+        self.passes += len(slots)
+        action = torch.tensor([self._session(i).action for i in slots], device=self.device)
+        clock = self._clock(slots, self._cells[0], cfg.window, cfg.head_size)
+        return self.dynamics.step(self._current[self._rows(slots)], action, self._caches, clock)
+
+    def _pixels(self, slots: list[int]) -> Tensor:
+        """Frames uint8 (S, H, W, C) of the slots' current tokens; writes the tokenizer decoder's cells."""
+        cfg = self.tokenizer.cfg.decoder
+        clock = self._clock(slots, self._cells[1], cfg.window, cfg.head_size)
+        return self.tokenizer.decoder_step(self._current[self._rows(slots)], self._pixel_caches, clock)
