@@ -99,6 +99,35 @@ def tiny_world() -> WorldConfig:
     )
 
 
+def toy_world() -> WorldConfig:
+    """The paper's architecture in small: space-time transformers everywhere, 32x32 pixels, under a million weights."""
+    frames, codes, actions = 8, 128, 6
+    return WorldConfig(
+        fps=10.0,
+        tokenizer=TokenizerConfig(
+            height_px=32,
+            width_px=32,
+            patch=4,
+            frames=frames,
+            encoder=_small(2, 64, frames),
+            decoder=_small(2, 64, frames),
+            codebook=CodebookConfig(size=codes, dim=16),
+        ),
+        actions=ActionsConfig(
+            height_px=32,
+            width_px=32,
+            patch=4,
+            frames=frames,
+            encoder=_small(4, 64, frames),
+            decoder=_small(4, 64, frames),
+            codebook=CodebookConfig(size=actions, dim=8, warmup_share=0.4),
+        ),
+        dynamics=DynamicsConfig(
+            rows=8, columns=8, vocabulary=codes, actions=actions, frames=frames, transformer=_small(6, 64, frames)
+        ),
+    )
+
+
 # -- paths -------------------------------------------------------------------------------------------------------
 
 
