@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayTaskError
 
 from infra.cluster import connect
@@ -29,7 +29,8 @@ from infra.config import Home, UserError, digest, to_dict
 from pipelines.config import CurateConfig
 from pipelines.dedup import mark_same_frames
 from pipelines.manifest import Plan, open_plan
-from pipelines.shards import CLIP_SCHEMA, VIDEO_SCHEMA, Dataset, Unit, Writer, open_dataset, write_shard
+from pipelines.shards import CLIP_SCHEMA, VIDEO_SCHEMA, Dataset, Unit, Writer, open_dataset
+from pipelines.tables import write_shard
 from pipelines.unit import Child
 
 log = logging.getLogger(__name__)
@@ -120,11 +121,13 @@ def _work(config: CurateConfig, writer: Writer, plan: Plan, pending: list[str]) 
     cores = int(ray.cluster_resources().get("CPU", 1))
     workers = max(1, min(config.workers or cores, len(pending)))
     settings = {"config": to_dict(config), "folder": str(writer.folder), "digest": writer.config_digest}
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
     items = [{"unit_id": unit, "jobs": json.dumps(plan.jobs(unit))} for unit in pending]
     units = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         UnitWorker, fn_constructor_kwargs=settings, batch_size=1, compute=ActorPoolStrategy(size=workers), num_cpus=1
     )
-    progress = Progress(len(plan.video_ids), plan.seconds)
+    progress = Progress(plan, pending)
     waiting: list[Unit] = []
     committed = time.monotonic()
     try:
@@ -190,8 +193,10 @@ class UnitWorker:
 class Progress:
     """One line whenever units finish: how much, how fast, how long yet."""
 
-    def __init__(self, videos: int, seconds: float) -> None:
-        self.videos, self.seconds = videos, seconds
+    def __init__(self, plan: Plan, pending: list[str]) -> None:
+        jobs = [job for unit in pending for job in plan.jobs(unit)]
+        self.videos = len(jobs)
+        self.seconds = sum(job["ledger"]["duration_s"] or 0.0 for job in jobs if not job["verdict"])
         self.began = time.monotonic()
         self.done: Counter[str] = Counter()
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from infra.config import UserError, digest
 from pipelines.config import CurateConfig
 from pipelines.filters import Metadata, Rules, Verdict
-from pipelines.shards import DatasetError, write_shard
+from pipelines.tables import DatasetError, write_shard
 from pipelines.unit import file_digest
 
 log = logging.getLogger(__name__)
@@ -146,11 +146,6 @@ class Plan:
     def video_ids(self) -> list[str]:
         """Every planned video."""
         return [row["video_id"] for row in self.rows]
-
-    @property
-    def seconds(self) -> float:
-        """Source seconds by the sidecars of the videos that will be decoded."""
-        return sum(row["duration_s"] or 0.0 for row in self.rows if not row["verdict"])
 
     def jobs(self, unit_id: str) -> list[dict[str, Any]]:
         """What a worker needs for each video of a unit."""

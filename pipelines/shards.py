@@ -9,9 +9,6 @@ is the one moment at which a unit begins to exist, and a dataset's version is th
 
 import difflib
 import json
-import os
-import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -21,16 +18,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import DeltaTable, Schema
-from deltalake.exceptions import TableNotFoundError
-from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction, create_table_with_add_actions
 
-from infra.config import Home, UserError
+from infra.config import Home
+from pipelines.tables import (
+    DatasetError,
+    append,
+    delta_table,
+    knows,
+    open_table,
+    placed,
+    rewrite,
+    table_files,
+)
 
 KEPT = ("kept", "partial")
 OUTCOMES = (*KEPT, "rejected", "duplicate", "dead_letter")
-ROW_GROUP = 8
-CHECKPOINT_EVERY = 20
 
 _SIGNALS = [
     ("held_share", pa.float32()),
@@ -106,48 +108,9 @@ VIDEO_SCHEMA = pa.schema(
         ("config_digest", pa.string()),
     ]
 )
-_UNCOMPRESSED = {"video", "preview", "windows.list.element.preview"}
-
-
-class DatasetError(UserError):
-    """A dataset, version or table that is not there or does not fit."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
-
-
-def write_shard(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, row_group: int | None = None) -> None:
-    """Writes rows as one Parquet file, on disk before it has its name: readers see all of it or nothing."""
-    table = pa.Table.from_pylist(rows, schema=schema)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    pq.write_table(
-        table,
-        draft,
-        row_group_size=row_group or (ROW_GROUP if "video" in schema.names else 4096),
-        use_dictionary=False,
-        compression={name: "none" if name in _UNCOMPRESSED else "zstd" for name in _leaves(schema)},
-        data_page_size=1 << 16,
-    )
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    draft.replace(path)
-
-
-def _leaves(schema: pa.Schema) -> Iterable[str]:
-    """Parquet's dotted names of the leaf columns."""
-    for field in schema:
-        yield from _leaf_names(field.name, field.type)
-
-
-def _leaf_names(name: str, kind: pa.DataType) -> Iterable[str]:
-    if pa.types.is_list(kind):
-        yield from _leaf_names(f"{name}.list.element", kind.value_type)
-    elif pa.types.is_struct(kind):
-        for field in kind:
-            yield from _leaf_names(f"{name}.{field.name}", field.type)
-    else:
-        yield name
 
 
 @dataclass(frozen=True)
@@ -180,12 +143,12 @@ class Writer:
             The dataset's version.
         """
         clips, videos = delta_table(self.folder / "clips"), delta_table(self.folder / "videos")
-        new_clips = [u for u in units if u.clips is not None and not _knows(clips, u.unit_id)]
+        new_clips = [u for u in units if u.clips is not None and not knows(clips, u.unit_id)]
         clips_version = clips.version() if clips is not None else -1
         if new_clips or clips is None:
             files = [(u.unit_id, u.clips) for u in new_clips if u.clips is not None]
             clips_version = append(self.folder / "clips", CLIP_SCHEMA, clips, files, {"message": message})
-        new_videos = [(u.unit_id, u.videos) for u in units if not _knows(videos, u.unit_id)]
+        new_videos = [(u.unit_id, u.videos) for u in units if not knows(videos, u.unit_id)]
         if not new_videos and videos is not None:
             return videos.version()
         facts = {"message": message, "clips_version": str(clips_version), "config_digest": self.config_digest}
@@ -202,80 +165,12 @@ class Writer:
             The dataset's version.
         """
         root = self.folder / "videos"
-        table = _open(root)
-        actions: list[AddAction | RemoveAction] = []
-        for path in table_files(table, root):
-            rows = pq.read_table(path, schema=VIDEO_SCHEMA).to_pylist()
-            if not any(row["video_id"] in changes for row in rows):
-                continue
-            target = root / f"{path.stem.partition('-')[0]}-{table.version() + 1}.parquet"
-            write_shard(target, [{**row, **changes.get(row["video_id"], {})} for row in rows], VIDEO_SCHEMA)
-            actions += [_remove(root, path), _add(root, target)]
-        if not actions:
+        table = open_table(root)
+        if not changes:
             return table.version()
         clips_version = _clips_version(self.folder, table.version())
         facts = {"message": message, "clips_version": str(clips_version), "config_digest": self.config_digest}
-        properties = CommitProperties(custom_metadata=facts)
-        schema = Schema.from_arrow(VIDEO_SCHEMA)
-        table.create_write_transaction(actions, mode="append", schema=schema, commit_properties=properties)
-        return table.version() + 1
-
-
-def append(
-    root: Path,
-    schema: pa.Schema,
-    table: DeltaTable | None,
-    files: list[tuple[str, Path]],
-    facts: dict[str, str],
-) -> int:
-    """Commits finished files under `root`, each with the id of its unit; makes the table if it is None.
-
-    Returns:
-        The table's version.
-    """
-    adds: list[AddAction | RemoveAction] = [_add(root, path) for _, path in files]
-    marks = [Transaction(app_id=unit, version=1) for unit, _ in files]
-    properties = CommitProperties(custom_metadata=facts, app_transactions=marks)
-    if table is None:
-        root.mkdir(parents=True, exist_ok=True)
-        create_table_with_add_actions(
-            str(root),
-            Schema.from_arrow(schema),
-            [_add(root, path) for _, path in files],
-            mode="error",
-            name=root.name,
-            commit_properties=properties,
-        )
-        return 0
-    table.create_write_transaction(adds, mode="append", schema=Schema.from_arrow(schema), commit_properties=properties)
-    table.update_incremental()
-    if table.version() % CHECKPOINT_EVERY == 0:
-        table.create_checkpoint()
-    return table.version()
-
-
-def _knows(table: DeltaTable | None, unit_id: str) -> bool:
-    return table is not None and table.transaction_version(unit_id) is not None
-
-
-def _add(root: Path, path: Path) -> AddAction:
-    facts = path.stat()
-    rows = pq.read_metadata(path).num_rows
-    stats = json.dumps({"numRecords": rows})
-    return AddAction(str(path.relative_to(root)), facts.st_size, {}, int(facts.st_mtime * 1000), True, stats)
-
-
-def _remove(root: Path, path: Path) -> RemoveAction:
-    now_ms = int(time.time() * 1000)
-    return RemoveAction(str(path.relative_to(root)), True, now_ms, path.stat().st_size, {})
-
-
-def delta_table(root: Path, version: int | None = None) -> DeltaTable | None:
-    """The Delta table in a folder, or None when there is none."""
-    try:
-        return DeltaTable(str(root), version=version)
-    except TableNotFoundError:
-        return None
+        return rewrite(root, table, VIDEO_SCHEMA, lambda row: {**row, **changes.get(row["video_id"], {})}, facts)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -387,7 +282,7 @@ def open_dataset(home: Home | Path, reference: str) -> Dataset:
 def open_ledger(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
     """The newest ledger's rows, sorted by uri."""
     root = folder / "videos"
-    return _read(table_files(_open(root), root), VIDEO_SCHEMA, columns, "uri").to_pylist()
+    return _read(table_files(open_table(root), root), VIDEO_SCHEMA, columns, "uri").to_pylist()
 
 
 def versions(home: Home | Path, name: str) -> list[Version]:
@@ -432,36 +327,12 @@ def _clips_version(folder: Path, version: int) -> int:
     raise DatasetError(f"{path} names no clips version: it was not written by lampworks")
 
 
-def table_files(table: DeltaTable, root: Path) -> list[Path]:
-    """The Parquet files of a Delta table, sorted."""
-    return sorted(root / Path(uri).name for uri in table.file_uris())
-
-
-def placed(path: Path, columns: list[str]) -> pa.Table:
-    """Columns of one shard with the place of each row: file, row_group, row."""
-    file = pq.ParquetFile(path)
-    sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-    groups = [g for g, size in enumerate(sizes) for _ in range(size)]
-    rows = [r for size in sizes for r in range(size)]
-    table = file.read(columns=columns)
-    table = table.append_column("file", pa.array([path.name] * len(rows), pa.string()))
-    table = table.append_column("row_group", pa.array(groups, pa.int32()))
-    return table.append_column("row", pa.array(rows, pa.int32()))
-
-
 def _column(file: Path, name: str) -> list[Any]:
     return pq.read_table(file, columns=[name])[name].to_pylist()
 
 
-def _open(root: Path, version: int | None = None) -> DeltaTable:
-    table = delta_table(root, version)
-    if table is None:
-        raise DatasetError(f"{root} is no Delta table")
-    return table
-
-
 def _files_at(root: Path, version: int) -> list[Path]:
-    return table_files(_open(root, version), root)
+    return table_files(open_table(root, version), root)
 
 
 def _read(files: list[Path], schema: pa.Schema, columns: list[str] | None, key: str) -> pa.Table:

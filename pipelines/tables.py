@@ -1,0 +1,195 @@
+"""Versioned tables: plain Parquet files that appear whole, and commits that happen once.
+
+The log is Delta's (the deltalake library), so DuckDB, Polars, Spark and Ray read the tables as they are. Files are
+written first and committed later, with the ids of their units in the same commit: a unit that is there is not added
+twice, whoever asks again.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable, Schema
+from deltalake.exceptions import TableNotFoundError
+from deltalake.transaction import (
+    AddAction,
+    CommitProperties,
+    RemoveAction,
+    Transaction,
+    create_table_with_add_actions,
+)
+
+from infra.config import UserError
+
+ROW_GROUP = 8
+CHECKPOINT_EVERY = 20
+_UNCOMPRESSED = {"video", "preview", "windows.list.element.preview"}
+
+
+class DatasetError(UserError):
+    """A dataset, version or table that is not there or does not fit."""
+
+
+def write_shard(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, row_group: int | None = None) -> None:
+    """Writes rows as one Parquet file, on disk before it has its name: readers see all of it or nothing."""
+    table = pa.Table.from_pylist(rows, schema=schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    pq.write_table(
+        table,
+        draft,
+        row_group_size=row_group or (ROW_GROUP if "video" in schema.names else 4096),
+        use_dictionary=False,
+        compression={name: "none" if name in _UNCOMPRESSED else "zstd" for name in _leaves(schema)},
+        data_page_size=1 << 16,
+    )
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _leaves(schema: pa.Schema) -> Iterable[str]:
+    """Parquet's dotted names of the leaf columns."""
+    for field in schema:
+        yield from _leaf_names(field.name, field.type)
+
+
+def _leaf_names(name: str, kind: pa.DataType) -> Iterable[str]:
+    if pa.types.is_list(kind):
+        yield from _leaf_names(f"{name}.list.element", kind.value_type)
+    elif pa.types.is_struct(kind):
+        for field in kind:
+            yield from _leaf_names(f"{name}.{field.name}", field.type)
+    else:
+        yield name
+
+
+def append(
+    root: Path,
+    schema: pa.Schema,
+    table: DeltaTable | None,
+    files: list[tuple[str, Path]],
+    facts: dict[str, str],
+) -> int:
+    """Commits finished files under `root`, each with the id of its unit; makes the table if it is None.
+
+    Returns:
+        The table's version.
+    """
+    adds: list[AddAction | RemoveAction] = [_add(root, path) for _, path in files]
+    marks = [Transaction(app_id=unit, version=1) for unit, _ in files]
+    properties = CommitProperties(custom_metadata=facts, app_transactions=marks)
+    if table is None:
+        root.mkdir(parents=True, exist_ok=True)
+        create_table_with_add_actions(
+            str(root),
+            Schema.from_arrow(schema),
+            [_add(root, path) for _, path in files],
+            mode="error",
+            name=root.name,
+            commit_properties=properties,
+        )
+        return 0
+    table.create_write_transaction(adds, mode="append", schema=Schema.from_arrow(schema), commit_properties=properties)
+    table.update_incremental()
+    if table.version() % CHECKPOINT_EVERY == 0:
+        table.create_checkpoint()
+    return table.version()
+
+
+def knows(table: DeltaTable | None, unit_id: str) -> bool:
+    """Whether a unit was committed to the table."""
+    return table is not None and table.transaction_version(unit_id) is not None
+
+
+def _add(root: Path, path: Path) -> AddAction:
+    facts = path.stat()
+    rows = pq.read_metadata(path).num_rows
+    stats = json.dumps({"numRecords": rows})
+    return AddAction(str(path.relative_to(root)), facts.st_size, {}, int(facts.st_mtime * 1000), True, stats)
+
+
+def _remove(root: Path, path: Path) -> RemoveAction:
+    now_ms = int(time.time() * 1000)
+    return RemoveAction(str(path.relative_to(root)), True, now_ms, path.stat().st_size, {})
+
+
+def delta_table(root: Path, version: int | None = None) -> DeltaTable | None:
+    """The Delta table in a folder, or None when there is none."""
+    try:
+        return DeltaTable(str(root), version=version)
+    except TableNotFoundError:
+        return None
+
+
+def rewrite(
+    root: Path,
+    table: DeltaTable,
+    schema: pa.Schema,
+    change: Callable[[dict[str, Any]], dict[str, Any] | None],
+    facts: dict[str, str],
+) -> int:
+    """Changes or drops rows in a new version; files without such rows, and the versions before, stay as they are.
+
+    Args:
+        root: the table's folder.
+        table: the table at its newest version.
+        schema: of the files.
+        change: the new row of an old one; None drops it.
+        facts: written into the commit.
+
+    Returns:
+        The table's version.
+    """
+    actions: list[AddAction | RemoveAction] = []
+    for path in table_files(table, root):
+        old = pq.read_table(path, schema=schema).to_pylist()
+        new = [row for row in map(change, old) if row is not None]
+        if new == old:
+            continue
+        actions.append(_remove(root, path))
+        if new:
+            target = root / f"{path.stem.partition('-')[0]}-{table.version() + 1}.parquet"
+            write_shard(target, new, schema)
+            actions.append(_add(root, target))
+    if not actions:
+        return table.version()
+    properties = CommitProperties(custom_metadata=facts)
+    table.create_write_transaction(
+        actions, mode="append", schema=Schema.from_arrow(schema), commit_properties=properties
+    )
+    return table.version() + 1
+
+
+def open_table(root: Path, version: int | None = None) -> DeltaTable:
+    """The Delta table in a folder, at a version.
+
+    Raises:
+        DatasetError: there is none.
+    """
+    table = delta_table(root, version)
+    if table is None:
+        raise DatasetError(f"{root} is no Delta table")
+    return table
+
+
+def table_files(table: DeltaTable, root: Path) -> list[Path]:
+    """The Parquet files of a Delta table, sorted."""
+    return sorted(root / Path(uri).name for uri in table.file_uris())
+
+
+def placed(path: Path, columns: list[str]) -> pa.Table:
+    """Columns of one shard with the place of each row: file, row_group, row."""
+    file = pq.ParquetFile(path)
+    sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+    groups = [g for g, size in enumerate(sizes) for _ in range(size)]
+    rows = [r for size in sizes for r in range(size)]
+    table = file.read(columns=columns)
+    table = table.append_column("file", pa.array([path.name] * len(rows), pa.string()))
+    table = table.append_column("row_group", pa.array(groups, pa.int32()))
+    return table.append_column("row", pa.array(rows, pa.int32()))
