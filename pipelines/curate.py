@@ -52,6 +52,11 @@ class CurateResult:
         return self.dataset.version
 
     @property
+    def reference(self) -> str:
+        """`name@version`."""
+        return self.dataset.reference
+
+    @property
     def path(self) -> Path:
         """The dataset's folder."""
         return self.dataset.folder

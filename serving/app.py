@@ -140,6 +140,14 @@ class ServedWorld:
         """Shuts Serve down, and Ray where `serve_world` started it. Sessions stay in the journal."""
         self._running.close()
 
+    def wait(self) -> None:
+        """Returns on Ctrl-C."""
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            log.info("interrupted: stopping")
+
     def __enter__(self) -> "ServedWorld":
         return self
 
@@ -173,7 +181,7 @@ def serve_world(config: ServeConfig, block: bool = False) -> ServedWorld:
     log.info("serving | url %s | worlds %s", served.url, ", ".join(worlds))
     if block:
         with served:
-            _wait()
+            served.wait()
     return served
 
 
@@ -228,11 +236,3 @@ def _claim_port(host: str, port: int) -> int:
 def _shut_down(name: str) -> None:
     log.info("stopping | application %s", name)
     serve.shutdown()
-
-
-def _wait() -> None:
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        log.info("interrupted: stopping")
