@@ -194,6 +194,10 @@ class Codebook(nn.Module):
                 self._revive(live)
         else:
             self.usage.lerp_(self.seen_count, 1 - cfg.decay)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what forwards have seen since the last step; for a step that is left out."""
         for total in (self.seen_count, self.seen_sum, self.pool):
             total.zero_()
         self.pool_rank.fill_(-1.0)
