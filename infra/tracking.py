@@ -252,6 +252,29 @@ class Run:
         temporary.replace(self._state_file)
 
 
+def history(config: TrackingConfig, home: Home, key: str) -> dict[str, list[tuple[int, float]]]:
+    """Every metric of the run with this key: name -> (step, value) in order; empty when no store answers with one."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    if config.uri is None and not (home.path / "mlflow.db").exists():
+        return {}
+    client = MlflowClient(tracking_uri=config.uri or home.tracking_uri)
+    try:
+        experiment = client.get_experiment_by_name(config.experiment)
+        if experiment is None:
+            return {}
+        runs = client.search_runs([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        return {
+            name: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
+            for run in runs
+            for name in run.data.metrics
+        }
+    except MlflowException as error:
+        log.warning("tracking: no curves from %s (%s)", config.uri, str(error).split("\n")[0][:120])
+        return {}
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} to {"a.b": 1}."""
     flat: dict[str, Any] = {}

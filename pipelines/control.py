@@ -1,0 +1,152 @@
+"""Whether actions steer a world: rollouts of many prompts at once, delta-PSNR, and what holding an action does."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from models.sampler import Window
+from models.world import World
+from pipelines import figures
+from pipelines.config import EvaluateConfig
+from pipelines.measures import (
+    DIRECTIONS,
+    Clips,
+    Findings,
+    Floats,
+    Ints,
+    Pixels,
+    directions,
+    frame_psnr,
+    interval,
+    live_codes,
+    moving_half,
+    visible_shifts,
+)
+
+HEADLINE_T = 4
+"""The generated frame at which the paper states delta-PSNR."""
+FORCED = 64
+"""Windows of the teacher-forced reading: its variance is low, and each needs its whole past in the cache."""
+
+
+def rollouts(
+    world: World, tokens: Ints, past: Ints, actions: Ints, seeds: Sequence[int], config: EvaluateConfig
+) -> Pixels:
+    """Frames that the world makes from prompts under given actions, many rollouts at once.
+
+    Args:
+        world: the models.
+        tokens: (m, P, N) prompt frames.
+        past: (m, P-1) actions between the prompt frames.
+        actions: (m, S) what is pressed then.
+        seeds: (m,) of the sampler's noise; equal seeds, prompts and actions give equal frames.
+        config: slots and sampler.
+
+    Returns:
+        (m, S, H, W, 3).
+    """
+
+    def play(first: int) -> Pixels:
+        part = slice(first, first + config.batch)
+        prompts = [
+            Window(torch.from_numpy(t), torch.from_numpy(a), len(t) - 1, int(seed))
+            for t, a, seed in zip(tokens[part], past[part], seeds[part], strict=True)
+        ]
+        return world.rollout(prompts, torch.from_numpy(actions[part].copy()), config.sampler).numpy()
+
+    firsts, threads = range(0, len(tokens), config.batch), torch.get_num_threads()
+    if config.device != "cpu":
+        return np.concatenate([play(first) for first in firsts])
+    # One thread a group: rollouts then share passes with equal bits, and small products don't gain from more threads.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        parts = list(pool.map(play, firsts))
+    torch.set_num_threads(threads)
+    return np.concatenate(parts)
+
+
+def control(findings: Findings, world: World, clips: Clips, config: EvaluateConfig) -> None:
+    """Delta-PSNR (paper, section 3): what rollouts lose when their actions are not the inferred ones."""
+    arms = _arms(clips, world.action_count, config.seed)
+    made = _play_arms(world, clips, list(arms.values()), config)
+    truth, prompt = clips.frames[:, 1:], clips.frames[:, :1]
+    quality = {arm: frame_psnr(truth, frames) for arm, frames in zip(arms, made, strict=True)}
+    repeat = frame_psnr(truth, prompt.repeat(truth.shape[1], axis=1))
+    delta = {arm: quality["inferred"] - quality[arm] for arm in ("permuted", "uniform")}
+    at, moving = min(HEADLINE_T, truth.shape[1]) - 1, moving_half(clips.frames)
+    readings = {
+        "dpsnr": delta["permuted"][:, at],
+        "dpsnr_uniform": delta["uniform"][:, at],
+        "dpsnr_moving": delta["permuted"][moving, at],
+        "dpsnr_forced": _teacher_forced(world, clips, arms["permuted"], config),
+    }
+    for name, values in readings.items():
+        found = interval(values, config.seed)
+        findings.metrics |= {
+            f"{name}_db": found["mean"],
+            f"{name}_low_db": found["low"],
+            f"{name}_high_db": found["high"],
+        }
+    findings.metrics["rollout_psnr_db"] = float(quality["inferred"].mean())
+    findings.metrics["repeat_psnr_db"] = float(repeat.mean())
+    findings.tables["control"] = {
+        "t": at + 1,
+        "curves": {arm: [interval(d, config.seed) for d in by_clip.T] for arm, by_clip in delta.items()},
+        "rollout": {arm: q.mean(0).tolist() for arm, q in {**quality, "repeat": repeat}.items()},
+    }
+    rows = [np.concatenate([prompt[i], f[i]]) for i in np.flatnonzero(moving)[:3] for f in (truth, made[0], made[1])]
+    findings.pictures["rollouts"] = figures.sheet(rows)
+
+
+def _arms(clips: Clips, count: int, seed: int) -> dict[str, Ints]:
+    """Actions (n, T-1) of each arm: inferred; the same permuted across clips, each step by itself; any live code."""
+    random = np.random.default_rng(seed)
+    permuted = random.permuted(clips.latent, axis=0)
+    uniform = random.choice(live_codes(clips.latent, count), clips.latent.shape)
+    return {"inferred": clips.latent, "permuted": permuted, "uniform": uniform}
+
+
+def _play_arms(world: World, clips: Clips, arms: list[Ints], config: EvaluateConfig) -> Pixels:
+    """Rollouts from the first frame with equal noise in all arms: (arms, n, T-1, H, W, 3)."""
+    n, count = len(clips.tokens), len(arms)
+    prompts, nothing = np.concatenate([clips.tokens[:, :1]] * count), np.empty((n * count, 0), np.int64)
+    made = rollouts(world, prompts, nothing, np.concatenate(arms), list(range(n)) * count, config)
+    return made.reshape(count, n, *made.shape[1:])
+
+
+def _teacher_forced(world: World, clips: Clips, other: Ints, config: EvaluateConfig) -> Floats:
+    """Delta-PSNR of the last frame after the true ones, when only the last action is another: (at most `FORCED`,)."""
+    n = min(len(clips.tokens), FORCED)
+    tokens, past = (np.concatenate([part[:n, :-1]] * 2) for part in (clips.tokens, clips.latent))
+    last = np.concatenate([clips.latent[:n, -1:], other[:n, -1:]])
+    made = rollouts(world, tokens, past, last, list(range(n)) * 2, config)[:, 0]
+    truth = clips.frames[:n, -1]
+    return frame_psnr(truth, made[:n]) - frame_psnr(truth, made[n:])
+
+
+def holding(findings: Findings, world: World, clips: Clips, config: EvaluateConfig) -> None:
+    """What holding each action does from the same frames: pictures, and the motion seen in them."""
+    count, steps = world.action_count, clips.latent.shape[1]
+    starts = np.flatnonzero(moving_half(clips.frames))[: config.prompts]
+    tokens = np.repeat(clips.tokens[starts, :1], count, axis=0)
+    held = np.broadcast_to(np.tile(np.arange(count), len(starts))[:, None], (len(tokens), steps))
+    past = np.empty((len(tokens), 0), np.int64)
+    made = rollouts(world, tokens, past, held, np.repeat(starts, count).tolist(), config)
+    whole = np.concatenate([np.repeat(clips.frames[starts, :1], count, axis=0), made], axis=1)
+    whole = whole.reshape(len(starts), count, *whole.shape[1:])
+    shifts = visible_shifts(whole.reshape(-1, *whole.shape[2:])).reshape(len(starts), count, steps, 2)
+    mean = shifts.mean((0, 2))
+    named = directions(np.where(np.abs(mean) < 0.25, 0, np.sign(mean)).astype(np.int64))
+    spread = whole[:, :, -1].astype(np.float32).std(1).mean((1, 2, 3))
+    best = whole[int(spread.argmax())]
+    live = set(live_codes(clips.latent, count).tolist())
+    findings.metrics["held_effects"] = float(len({int(named[a]) for a in live}))
+    findings.metrics["held_spread"] = float(spread.mean())
+    findings.tables["holding"] = [
+        {"action": a, "live": a in live, "down_px": mean[a, 0], "right_px": mean[a, 1], "effect": DIRECTIONS[named[a]]}
+        for a in range(count)
+    ]
+    findings.tables["starts"] = len(starts)
+    findings.pictures["actions"] = figures.sheet(list(best))
+    findings.pictures |= {f"action-{a}": figures.strip(best[a]) for a in range(count)}
