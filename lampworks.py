@@ -118,9 +118,14 @@ def _run(name: str, words: list[str]) -> None:
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(COMMANDS)}"
         raise UserError(f"no command {name!r}: {hint}")
     config = read_config(_load(command.config), name, words)
-    result = _load(command.run)(config)
+    result = _load_function(command.run)(config)
     if name not in OWN_OUTPUT:
         sys.stdout.write(f"{getattr(result, 'reference', result)}\n")
+
+
+def _load_function(name: str) -> Any:
+    """Imported only now: a wrong option is refused before torch and Ray are loaded."""
+    return _load(name)
 
 
 def _load(name: str) -> Any:
