@@ -1,0 +1,114 @@
+"""A tiny world with random weights (a real one in all but training), published as an artifact and served."""
+
+import contextlib
+import threading
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import uvicorn
+
+from infra.artifact import publish
+from infra.config import Home
+from models.actions import LatentActionModel
+from models.config import (
+    ActionsConfig,
+    CodebookConfig,
+    DynamicsConfig,
+    SamplerConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
+from models.dynamics import Dynamics
+from models.tokenizer import Tokenizer
+from models.world import World
+from serving.config import ServeConfig
+from serving.engine import Engine
+from serving.gateway import Gateway
+from serving.store import SqliteStore
+
+SIZE, ACTIONS, FRAMES = 32, 5, 6
+SAMPLER = SamplerConfig(steps=2)
+
+
+def tiny_world():
+    torch.manual_seed(0)
+    part = TransformerConfig(layers=2, width=32, heads=2, head_size=16, ff_ratio=2, window=FRAMES)
+    codes = CodebookConfig(size=64, dim=8)
+    shape = {"height_px": SIZE, "width_px": SIZE, "frames": FRAMES, "encoder": part, "decoder": part}
+    return World(
+        Tokenizer(TokenizerConfig(**shape, patch=8, codebook=codes)),
+        LatentActionModel(ActionsConfig(**shape, patch=8, codebook=CodebookConfig(size=ACTIONS, dim=8))),
+        Dynamics(DynamicsConfig(rows=4, columns=4, vocabulary=64, actions=ACTIONS, frames=FRAMES, transformer=part)),
+        fps=10.0,
+    )
+
+
+def picture(seed=0, height=48, width=64):
+    """A colourful prompt picture, uint8 RGB."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_NEAREST)
+
+
+@pytest.fixture(scope="session")
+def world():
+    return tiny_world()
+
+
+@pytest.fixture(scope="session")
+def served_home(world, tmp_path_factory):
+    """A home that holds the world as toy@v1, with two prompt pictures."""
+    folder = tmp_path_factory.mktemp("serving")
+    world.save(folder / "world")
+    (folder / "world" / "prompts").mkdir()
+    for i in range(3):
+        cv2.imwrite(str(folder / "world" / "prompts" / f"{i}.png"), picture(i, SIZE, SIZE))
+    home = Home(folder / "home").ensure()
+    publish(
+        home, name="toy", kind="world", source_dir=folder / "world", config={}, parents={}, metrics={}, identity="toy"
+    )
+    return home
+
+
+@contextlib.contextmanager
+def listening(app):
+    """An ASGI application on a free port, in a thread."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="websockets-sansio"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextlib.contextmanager
+def gateway_of(home, engine, database, **settings):
+    """The doors over an engine in this process, without Ray: the same application that a Serve replica runs."""
+    store = SqliteStore(database)
+    prompts = {engine.info.reference: home.artifacts / "toy" / "v1" / "prompts"}
+    gateway = Gateway(ServeConfig(home=home.path, world="toy", **settings), {engine.info.reference: engine}, prompts, store)
+    with listening(gateway.app()) as url:
+        yield url
+    store.close()
+
+
+@pytest.fixture(scope="session")
+def engine(world):
+    """The world's engine with four slots."""
+    engine = Engine(world, reference="toy@v1", sampler=SAMPLER, slots=4)
+    engine.warm_up()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def local(served_home, engine, tmp_path_factory):
+    """URL of a gateway with default settings."""
+    with gateway_of(served_home, engine, tmp_path_factory.mktemp("local") / "sessions.db") as url:
+        yield url
