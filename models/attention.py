@@ -16,17 +16,18 @@ from models.config import TransformerConfig
 _BASE = 100.0  # of the rotation frequencies: windows are tens of frames, not thousands of words
 
 
-def rotation(positions: Tensor, head_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (*positions.shape, head_size) of rotary positions (arXiv 2104.09864), computed in float64."""
+def rotation(positions: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
+    """Complex units (*positions.shape, head_size/2) of rotary positions (arXiv 2104.09864), computed in float64."""
     powers = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float64) / head_size
     angles = positions.double()[..., None] * _BASE**-powers
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    turns = torch.polar(torch.ones_like(angles), angles)
+    return turns if dtype == torch.float64 else turns.to(torch.complex64)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def _rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn neighbouring pairs of features; complex products cost a quarter of the textbook form here."""
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns).flatten(-2).to(x.dtype)
 
 
 @dataclass
@@ -36,14 +37,13 @@ class Clock:
     Attributes:
         rows: the slots in the pass: a slice (no copy) or int64 indices (S,).
         cell: cache cell that the new frame is written to, int64 (S,).
-        cos, sin: rotations of the new frame (S, head_size).
+        turns: rotations of the new frame (S, head_size/2).
         seen: which cells the new frame sees, bool (S, cells).
     """
 
     rows: slice | Tensor
     cell: Tensor
-    cos: Tensor
-    sin: Tensor
+    turns: Tensor
     seen: Tensor
 
     @classmethod
@@ -60,8 +60,7 @@ class Clock:
         """For new frames at `position_S` of streams whose cached frames begin at `first_S`, in a ring of `cells`."""
         age = torch.remainder(position_S[:, None] - torch.arange(cells, device=position_S.device), cells)
         seen = (age < window) & (position_S[:, None] - age >= first_S[:, None])
-        cos, sin = rotation(position_S, head_size, dtype)
-        return cls(rows, torch.remainder(position_S, cells), cos, sin, seen)
+        return cls(rows, torch.remainder(position_S, cells), rotation(position_S, head_size, dtype), seen)
 
 
 class Cache:
@@ -85,25 +84,24 @@ class _Heads(nn.Module):
         self.norm = nn.LayerNorm(cfg.width, bias=False)
         self.qkv = nn.Linear(cfg.width, (cfg.heads + 2 * kv_heads) * cfg.head_size, bias=False)
         self.out = nn.Linear(cfg.heads * cfg.head_size, cfg.width, bias=False)
-        self.qk_gain = nn.Parameter(torch.ones(2, cfg.head_size)) if cfg.qk_norm else None
+        self.gain = nn.Parameter(torch.ones(cfg.head_size)) if cfg.qk_norm else None
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (..., D) -> q (..., heads, size), k and v (..., kv_heads, size), normalised."""
-        q, k, v = (
-            self.qkv(self.norm(x))
-            .unflatten(-1, (-1, self.size))
-            .split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
-        )
-        if self.qk_gain is not None:
-            q = F.layer_norm(q, (self.size,), self.qk_gain[0])
-            k = F.layer_norm(k, (self.size,), self.qk_gain[1])
+    def split(self, x: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., D) -> q (..., heads, size), k and v (..., kv_heads, size); q, k normalised and turned in time."""
+        both = self.heads + self.kv_heads
+        qk, v = self.qkv(self.norm(x)).unflatten(-1, (-1, self.size)).split((both, self.kv_heads), dim=-2)
+        if self.gain is not None:
+            qk = F.layer_norm(qk, (self.size,), self.gain)
+        if turns is not None:
+            qk = _rotate(qk, turns)
+        q, k = qk.split((self.heads, self.kv_heads), dim=-2)
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         """SDPA over (batch, heads, length, size), with grouped K/V heads repeated."""
         if self.kv_heads != self.heads:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 class SpatialAttention(_Heads):
@@ -128,14 +126,15 @@ class TemporalAttention(_Heads):
         self.window = cfg.window
 
     @override
-    def forward(self, x_BTND: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """Whole window; cos, sin (T, size), mask (T, T) says which frames each frame sees."""
+    def forward(self, x_BTND: Tensor, turns: Tensor, mask: Tensor | None) -> Tensor:
+        """Whole window; turns (T, size/2); mask (T, T) says which frames each sees, None for all before and itself.
+
+        Time is moved next to the features before projecting: one small copy instead of three large ones.
+        """
         B, T, N, _ = x_BTND.shape
-        q, k, v = self.split(x_BTND)
-        q, k = (_rotate(t, cos[:, None, None], sin[:, None, None]) for t in (q, k))
-        q, k, v = (t.permute(0, 2, 3, 1, 4).reshape(B * N, -1, T, self.size) for t in (q, k, v))
-        y = self.attend(q, k, v, mask).view(B, N, self.heads, T, self.size)
-        return self.out(y.permute(0, 3, 1, 2, 4).reshape(B, T, N, -1))
+        q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in self.split(x_BTND.transpose(1, 2), turns[:, None]))
+        y = self.attend(q, k, v, mask, causal=mask is None)
+        return self.out(y.transpose(1, 2).reshape(B, N, T, -1)).transpose(1, 2)
 
     def cache(self, slots: int, tokens: int, cells: int) -> Cache:
         """An empty cache on the module's device."""
@@ -145,9 +144,7 @@ class TemporalAttention(_Heads):
     def step(self, x_SND: Tensor, cache: Cache, clock: Clock) -> Tensor:
         """One frame per slot: writes its keys and values to the cache, returns the change to add (S, N, D)."""
         S, N, _ = x_SND.shape
-        q, k, v = self.split(x_SND)
-        cos, sin = clock.cos[:, None, None], clock.sin[:, None, None]
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q, k, v = self.split(x_SND, clock.turns[:, None, None])
         rows = torch.arange(cache.keys.shape[0], device=x_SND.device)[clock.rows]
         cache.keys[rows, :, :, clock.cell] = k
         cache.values[rows, :, :, clock.cell] = v
@@ -161,23 +158,20 @@ class FullAttention(TemporalAttention):
     """Every token sees all tokens of this frame and of the window-1 frames before it (C-ViViT, arXiv 2210.02399)."""
 
     @override
-    def forward(self, x_BTND: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x_BTND: Tensor, turns: Tensor, mask: Tensor | None) -> Tensor:
         """Whole window, as TemporalAttention, over T*N tokens at once."""
         B, T, N, _ = x_BTND.shape
-        q, k, v = self.split(x_BTND)
-        q, k = (_rotate(t, cos[:, None, None], sin[:, None, None]) for t in (q, k))
-        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-        mask = mask.repeat_interleave(N, 0).repeat_interleave(N, 1)
-        y = self.attend(q, k, v, mask).transpose(1, 2)
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in self.split(x_BTND, turns[:, None, None]))
+        if mask is None:
+            mask = torch.ones(T, T, dtype=torch.bool, device=x_BTND.device).tril()
+        y = self.attend(q, k, v, mask.repeat_interleave(N, 0).repeat_interleave(N, 1)).transpose(1, 2)
         return self.out(y.reshape(B, T, N, -1))
 
     @override
     def step(self, x_SND: Tensor, cache: Cache, clock: Clock) -> Tensor:
         """One frame per slot, as TemporalAttention."""
         S, N, _ = x_SND.shape
-        q, k, v = self.split(x_SND)
-        cos, sin = clock.cos[:, None, None], clock.sin[:, None, None]
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q, k, v = self.split(x_SND, clock.turns[:, None, None])
         rows = torch.arange(cache.keys.shape[0], device=x_SND.device)[clock.rows]
         cache.keys[rows, :, :, clock.cell] = k
         cache.values[rows, :, :, clock.cell] = v
