@@ -1,0 +1,253 @@
+"""Clips to batches: sample number -> window, the same whoever asks, wherever a run stopped, on however many workers.
+
+A pass visits every clip once, in an order drawn from (seed, pass), and cuts `windows_per_clip` windows from it. Clips
+are taken in groups and the windows of a group are shuffled together, so a reader decodes each clip once per visit.
+"""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra.config import Home, UserError
+from pipelines.config import FeedConfig
+from pipelines.shards import Dataset, open_dataset
+from pipelines.tokenize import TokenTable
+from pipelines.video import decode_clip
+
+if TYPE_CHECKING:
+    import ray.data
+
+Batch = dict[str, np.ndarray]
+
+MASK_64 = (1 << 64) - 1
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit number from integers, as good as random (splitmix64, Steele et al. 2014); the key of a sample."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & MASK_64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK_64
+        state ^= state >> 31
+    return state >> 1
+
+
+class Plan:
+    """The order of samples: (seed, sample number) -> (clip number, first frame).
+
+    Args:
+        lengths: frames of each clip.
+        cuts: for each clip the frames that begin a new scene.
+        frames: T, frames of a window.
+        seed: of the whole order.
+        config: group size and windows per visit.
+
+    Raises:
+        UserError: there is no clip with T frames.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], cuts: Sequence[Sequence[int]], frames: int, seed: int, config: FeedConfig
+    ) -> None:
+        self.usable = np.flatnonzero(np.asarray(lengths, dtype=np.int64) >= frames)
+        if not len(self.usable):
+            raise UserError(
+                f"no clip has {frames} frames (the longest of {len(lengths)} has {max(lengths, default=0)}): "
+                "curate more or longer video, or lower the model's frames"
+            )
+        self.lengths, self.cuts, self.frames, self.seed, self.config = lengths, cuts, frames, seed, config
+        self._order = functools.lru_cache(2)(self._draw_order)
+        self._slots = functools.lru_cache(4)(self._draw_slots)
+
+    @property
+    def per_pass(self) -> int:
+        """Samples in which every clip is visited once."""
+        return len(self.usable) * self.config.windows_per_clip
+
+    def window(self, sample: int) -> tuple[int, int]:
+        """Clip number and first frame of a sample."""
+        turn, place = divmod(sample, self.per_pass)
+        group, slot = divmod(place, self.config.clips_per_group * self.config.windows_per_clip)
+        visit = int(self._slots(turn, group)[slot]) // self.config.windows_per_clip
+        clip = int(self.usable[self._order(turn)[group * self.config.clips_per_group + visit]])
+        starts = self.starts(clip)
+        return clip, int(starts[mix(self.seed, sample, 1) % len(starts)])
+
+    def starts(self, clip: int) -> np.ndarray:
+        """First frames at which a window fits; off the cuts if any such is left."""
+        every = np.arange(self.lengths[clip] - self.frames + 1)
+        if not self.config.avoid_cuts or not len(self.cuts[clip]):
+            return every
+        crossing = np.zeros(len(every), dtype=bool)
+        for cut in self.cuts[clip]:
+            crossing[max(0, cut - self.frames + 1) : max(0, cut)] = True
+        return every[~crossing] if not crossing.all() else every
+
+    def _draw_order(self, turn: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, turn, 0]).permutation(len(self.usable))
+
+    def _draw_slots(self, turn: int, group: int) -> np.ndarray:
+        clips = min(self.config.clips_per_group, len(self.usable) - group * self.config.clips_per_group)
+        return np.random.default_rng([self.seed, turn, 1, group]).permutation(clips * self.config.windows_per_clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a reader needs to open on any node."""
+
+    home: Path
+    dataset: str
+    """`name@version`"""
+    split: str
+    frames: int
+    """T"""
+    seed: int
+    feed: FeedConfig
+    tokenizer: str | None = None
+    """Tokenizer artifact whose tokens come along"""
+
+    def open(self) -> "Windows":
+        """The windows, readable."""
+        home = Home(self.home)
+        dataset = open_dataset(home, self.dataset)
+        tokens = TokenTable.open(dataset, self.tokenizer) if self.tokenizer else None
+        return Windows(self, dataset, tokens)
+
+
+class Windows:
+    """Random access to training windows, with the clips decoded last kept at hand."""
+
+    def __init__(self, source: Source, dataset: Dataset, tokens: TokenTable | None) -> None:
+        self.source, self.dataset, self.tokens = source, dataset, tokens
+        self.index = dataset.index(source.split)
+        cuts = self.index["cut_frames"].to_pylist()
+        self.plan = Plan(
+            self.index["n_frames"].to_pylist(), [c or [] for c in cuts], source.frames, source.seed, source.feed
+        )
+        self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._bytes = 0
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Samples first..first+count-1: frames uint8 (B,T,H,W,3), key int64 (B,), sample int64 (B,), and with a
+        tokenizer tokens int64 (B,T,N)."""
+        places = [self.plan.window(sample) for sample in range(first, first + count)]
+        end = self.source.frames
+        batch: Batch = {
+            "sample": np.arange(first, first + count, dtype=np.int64),
+            "key": np.array([mix(self.source.seed, s, 2) for s in range(first, first + count)], dtype=np.int64),
+            "frames": np.stack([self.clip(clip)[start : start + end] for clip, start in places]),
+        }
+        if self.tokens is not None:
+            batch["tokens"] = np.stack(
+                [self.tokens.read(self.clip_id(clip))[start : start + end] for clip, start in places]
+            ).astype(np.int64)
+        return batch
+
+    def clip_id(self, clip: int) -> str:
+        """The id of a clip by its number in the index."""
+        return self.index["clip_id"][clip].as_py()
+
+    def clip(self, clip: int) -> np.ndarray:
+        """All frames of a clip, uint8 (n,H,W,3)."""
+        if clip in self._decoded:
+            self._decoded.move_to_end(clip)
+            return self._decoded[clip]
+        frames = decode_clip(self.dataset.read_clips(self.index.slice(clip, 1))[0])
+        self._decoded[clip] = frames
+        self._bytes += frames.nbytes
+        while self._bytes > self.source.feed.cache_bytes and len(self._decoded) > 1:
+            self._bytes -= self._decoded.popitem(last=False)[1].nbytes
+        return frames
+
+
+class Reader:
+    """Ray Data's actor: a row that names a micro-batch becomes the micro-batch."""
+
+    def __init__(self, source: Source, micro_batch: int) -> None:
+        self.windows, self.micro_batch = source.open(), micro_batch
+
+    def __call__(self, row: dict[str, np.ndarray]) -> Batch:
+        """Rows of one micro-batch; `micro` is its number in the whole run, for the loop to check."""
+        micro = int(row["id"][0])
+        batch = self.windows.batch(int(row["first"][0]), self.micro_batch)
+        return {**batch, "micro": np.full(self.micro_batch, micro)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Which samples each micro-batch holds, from a step on; the same for every number of workers.
+
+    `skipped` are numbers of whole batches that turned out bad and are passed over.
+    """
+
+    batch: int
+    micro_batch: int
+    steps: int
+    skipped: tuple[int, ...] = ()
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches of a step over all workers."""
+        return self.batch // self.micro_batch
+
+    def first_sample(self, micro: int) -> int:
+        """First sample of a micro-batch."""
+        step, part = divmod(micro, self.per_step)
+        return self.batch_number(step) * self.batch + part * self.micro_batch
+
+    def batch_number(self, step: int) -> int:
+        """The batch that a step trains on: the step's number, moved on by the skipped batches before it."""
+        number = step
+        for bad in sorted(self.skipped):
+            number += bad <= number
+        return number
+
+    def remaining(self, step: int) -> range:
+        """Micro-batches from this step to the end."""
+        return range(step * self.per_step, self.steps * self.per_step)
+
+
+def stream(source: Source, schedule: Schedule, step: int) -> "ray.data.Dataset":
+    """The micro-batches from `step` on, in order, one block each.
+
+    With `preserve_order` and blocks of equal size Ray Train deals them out in turn: micro-batch m goes to rank
+    m modulo the number of workers.
+    """
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    micros = schedule.remaining(step)
+    rows = [{"id": m, "first": schedule.first_sample(m)} for m in micros]
+    return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        Reader,
+        fn_constructor_args=(source, schedule.micro_batch),
+        batch_size=None,
+        num_cpus=0.1,
+        compute=ray.data.ActorPoolStrategy(size=source.feed.readers),
+    )
+
+
+def local_batches(source: Source, schedule: Schedule, step: int) -> Iterator[Batch]:
+    """The same micro-batches in this process, without Ray."""
+    reader = Reader(source, schedule.micro_batch)
+    for micro in schedule.remaining(step):
+        yield reader({"id": np.array([micro]), "first": np.array([schedule.first_sample(micro)])})
+
+
+def windows(home: Home, dataset: str, split: str, frames: int, count: int, seed: int) -> np.ndarray:
+    """`count` windows for evaluation, uint8 (count,T,H,W,3), spread over all clips; without Ray."""
+    feed = FeedConfig(windows_per_clip=1)
+    opened = Source(home=home.path, dataset=dataset, split=split, frames=frames, seed=seed, feed=feed).open()
+    return opened.batch(0, count)["frames"]
+
+
+Local = Callable[[int], Iterator[Batch]]
+Rows = dict[str, Any]
