@@ -1,0 +1,87 @@
+"""The driver's view of a training: its journal becomes lines on the console and records in MLflow."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from infra.tracking import Run
+from pipelines.figures import Line, line_chart
+
+log = logging.getLogger(__name__)
+
+PROGRESS = "progress.jsonl"
+CURVES = ("loss", "actions/loss", "dynamics/loss")
+
+
+class Follower:
+    """Reads the journal as it grows, whoever writes it.
+
+    Attributes:
+        step: the newest step told of.
+        final: the newest value of every metric.
+    """
+
+    def __init__(self, folder: Path, run: Run, steps: int) -> None:
+        self.path, self.run, self.steps = folder / PROGRESS, run, steps
+        self.step, self.final = 0, dict[str, float]()
+        self._place = 0
+        self._curves: dict[str, dict[int, float]] = {}
+        self._old = self.path.stat().st_size if self.path.exists() else 0
+
+    def follow(self) -> None:
+        """Takes up the new lines; those of earlier processes are known to MLflow and are not printed again."""
+        for fields, old in self._lines():
+            if "step" in fields:
+                self._metrics(fields, old)
+            elif "event" in fields and not old:
+                self.run.event(fields["event"])
+                log.info("train | %s", fields["event"])
+            elif "picture" in fields and not old:
+                self.run.file(Path(fields["picture"]), "pictures")
+            elif "checkpoint" in fields and not old:
+                log.debug("checkpoint %d | %.2f s", fields["checkpoint"], fields["took_s"])
+
+    def draw_curves(self) -> None:
+        """Losses over steps, as a figure of the run."""
+        lines = [Line(label=name, x=list(points), y=list(points.values()), tone=tone)
+                 for tone, (name, points) in enumerate(sorted(self._curves.items())) if name in CURVES]  # fmt: skip
+        if lines:
+            path = self.path.with_name("loss.svg")
+            path.write_text(line_chart(lines, x_label="step", y_label="loss"))
+            self.run.file(path, "figures")
+
+    def _lines(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._place)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                old = self._place < self._old
+                self._place += len(line)
+                yield json.loads(line), old
+
+    def _metrics(self, fields: dict[str, Any], old: bool) -> None:
+        step = fields["step"]
+        values = {k: float(v) for k, v in fields.items() if k not in ("step", "time_s") and _finite(v)}
+        for name, value in values.items():
+            self._curves.setdefault(name, {})[step] = value
+        self.final |= values
+        self.step = step
+        self.run.metrics(step, values)
+        if not old:
+            eta_s = (self.steps - step) * values["step_s"]
+            log.info(
+                "step %d/%d | loss %.4f | dt %.0f ms | %.1f samples/s | data wait %.0f%% | eta %s",
+                step, self.steps, fields.get("loss", math.nan), 1000 * values["step_s"], values["samples_per_s"],
+                100 * values["data_wait_s"] / values["step_s"], time.strftime("%H:%M:%S", time.gmtime(eta_s)),
+            )  # fmt: skip
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

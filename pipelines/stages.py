@@ -1,0 +1,251 @@
+"""What differs between the stages of training: the model, what it stands on, its pictures, its artifact."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from infra.artifact import Artifact, resolve
+from infra.config import Home, UserError, digest, to_dict
+from models.actions import LatentActionModel
+from models.checkpoint import build_model, load_model, save_model
+from models.config import (
+    ActionsConfig,
+    DynamicsConfig,
+    SamplerConfig,
+    TokenizerConfig,
+    WorldConfig,
+    config_from_dict,
+    config_to_dict,
+)
+from models.dynamics import Dynamics
+from models.sampler import Window
+from models.tokenizer import Tokenizer
+from models.world import CoTraining, World
+from pipelines import feed, figures
+from pipelines.config import TrainConfig
+from pipelines.shards import open_dataset
+from pipelines.tokenize import check_size
+
+KINDS = {"tokenizer": "tokenizer", "actions": "actions", "dynamics": "world", "world": "world"}
+"""Stage -> kind of its artifact. Finished dynamics stand with their tokenizer and actions: a playable world."""
+PROMPTS = 8
+PICTURE_ROWS, PICTURE_FRAMES = 4, 8
+PREVIEW = SamplerConfig(steps=8)
+"""Rollout pictures are for the eye, so a few refinement passes do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training with everything resolved: what workers on any node get."""
+
+    config: TrainConfig
+    model: WorldConfig
+    """With finished parts as they are in their artifacts."""
+    source: feed.Source
+    parents: dict[str, str]
+    """role -> reference"""
+    tokenizer: Path | None
+    actions: Path | None
+    identity: str
+    folder: Path
+    """Checkpoints, progress and pictures of this training."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The model's settings as the artifact records them."""
+        stage = self.config.stage
+        part = getattr(self.model, stage) if stage in ("tokenizer", "actions") else self.model
+        return config_to_dict(part)
+
+    def schedule(self, skipped: tuple[int, ...] = ()) -> feed.Schedule:
+        """Which samples each micro-batch holds."""
+        config = self.config
+        return feed.Schedule(batch=config.batch, micro_batch=config.micro_batch, steps=config.steps, skipped=skipped)
+
+
+def plan_job(config: TrainConfig) -> Job:
+    """Finds what the stage stands on, checks that it fits, and gives the training its identity.
+
+    Raises:
+        UserError, ModelError: dataset or artifact missing, resolutions or settings that do not fit together.
+    """
+    home = Home(config.home).ensure()
+    dataset = open_dataset(home, config.dataset)
+    model, made = config.model, _upstream(config, home)
+    if "tokenizer" in made:
+        model = replace(model, tokenizer=config_from_dict(TokenizerConfig, made["tokenizer"].config))
+    if "actions" in made:
+        model = replace(model, actions=config_from_dict(ActionsConfig, made["actions"].config))
+    _check_frames(config.stage, model)
+    part = model.actions if config.stage == "actions" else model.tokenizer
+    check_size(dataset, part.height_px, part.width_px, f"the {config.stage}")
+    frames = getattr(model, "dynamics" if config.stage == "world" else config.stage).frames
+    tokens = made["tokenizer"].reference if "tokenizer" in made else None
+    source = feed.Source(home=home.path, dataset=dataset.reference, split="train", frames=frames, seed=config.seed,
+                         feed=config.feed, tokenizer=tokens)  # fmt: skip
+    identity = _identity(config, model, dataset.reference, made)
+    return Job(
+        config=replace(config, home=home.path, dataset=dataset.reference),
+        model=model,
+        source=source,
+        parents={"dataset": dataset.reference, **{role: a.reference for role, a in made.items()}},
+        tokenizer=made["tokenizer"].path if "tokenizer" in made else None,
+        actions=made["actions"].path if "actions" in made else None,
+        identity=identity,
+        folder=home.runs / f"{config.artifact_name}-{identity[:12]}",
+    )
+
+
+def _upstream(config: TrainConfig, home: Home) -> dict[str, Artifact]:
+    """Finished parts that the stage stands on, by role."""
+    made: dict[str, Artifact] = {}
+    if config.stage in ("dynamics", "world") or (config.stage, config.model.actions.source) == ("actions", "tokens"):
+        made["tokenizer"] = resolve(home, config.tokenizer or "tokenizer", kind="tokenizer")
+    if config.stage == "dynamics":
+        made["actions"] = resolve(home, config.actions or "actions", kind="actions")
+    return made
+
+
+def _check_frames(stage: str, model: WorldConfig) -> None:
+    if stage == "world" and model.actions.frames != model.dynamics.frames:
+        raise UserError(
+            f"co-training cuts one window for both models, but actions.frames is {model.actions.frames} and "
+            f"dynamics.frames is {model.dynamics.frames}: make them equal"
+        )
+
+
+def _identity(config: TrainConfig, model: WorldConfig, dataset: str, made: Mapping[str, Artifact]) -> str:
+    """Digest of what decides the result; folders, workers and how often to look do not."""
+    parts = {"tokenizer": [model.tokenizer], "actions": [model.actions]}.get(config.stage, [model])
+    order = config.feed
+    return digest(
+        {
+            "stage": config.stage,
+            "model": [config_to_dict(part) for part in parts],
+            "dataset": dataset,
+            "parents": {role: artifact.fingerprint for role, artifact in made.items()},
+            "order": [order.windows_per_clip, order.clips_per_group, order.avoid_cuts],
+            "optimizer": to_dict(config.optimizer),
+            "rest": [config.steps, config.batch, config.seed, config.precision],
+        }
+    )
+
+
+class WithActions(nn.Module):
+    """Dynamics that train on the actions of a finished latent action model."""
+
+    def __init__(self, actions: LatentActionModel, dynamics: Dynamics) -> None:
+        super().__init__()
+        self.dynamics = dynamics
+        self._finished = [actions.eval()]  # in a list, so that it is neither trained nor saved with the checkpoint
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Say where training stands."""
+        self.dynamics.begin_step(step, total_steps)
+
+    def end_step(self) -> None:
+        """After the optimizer's step."""
+        self.dynamics.end_step()
+
+    @override
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The dynamics' loss for batch["frames"], batch["tokens"], batch["key"]."""
+        actions = self._finished[0].to(batch["tokens"].device).infer(batch["frames"])
+        return self.dynamics({**batch, "actions": actions})
+
+
+def build(job: Job) -> nn.Module:
+    """The stage's trainable, the same on every rank and at every start."""
+    torch.manual_seed(job.config.seed)
+    match job.config.stage:
+        case "tokenizer":
+            return build_model("tokenizer", job.model.tokenizer)
+        case "actions":
+            return build_model("actions", job.model.actions)
+        case "dynamics":
+            dynamics = cast(Dynamics, build_model("dynamics", job.model.dynamics))
+            return WithActions(cast(LatentActionModel, load_model(_need(job.actions), kind="actions")), dynamics)
+        case "world":
+            actions = cast(LatentActionModel, build_model("actions", job.model.actions))
+            return CoTraining(actions, cast(Dynamics, build_model("dynamics", job.model.dynamics)))
+
+
+def filled(job: Job, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The stage's trainable with these weights, to look at or to publish."""
+    model = build(job)
+    model.load_state_dict(dict(weights))
+    return model.eval()
+
+
+def export(job: Job, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """The finished stage as the artifact's files."""
+    model = filled(job, weights)
+    if isinstance(model, (CoTraining, WithActions)):
+        _world(job, model).save(folder)
+        _write_prompts(job, folder / "prompts")
+    else:
+        save_model(folder, model)
+
+
+def pictures(job: Job, weights: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """What the stage can do by now, on held-out clips: name -> picture (H,W,3) uint8."""
+    model = filled(job, weights)
+    if isinstance(model, Tokenizer):
+        frames = held_out(job, PICTURE_ROWS, model.cfg.frames)[:, :PICTURE_FRAMES]
+        shown = model.decode(model.encode(torch.from_numpy(frames))).numpy()
+        return {"reconstructions": figures.sheet([row for pair in zip(frames, shown, strict=True) for row in pair])}
+    if isinstance(model, (CoTraining, WithActions)):
+        return {"actions": _one_row_per_action(job, _world(job, model))}
+    return {}
+
+
+def held_out(job: Job, count: int, frames: int) -> np.ndarray:
+    """Windows of the test split, or of the training split where there is no test clip: uint8 (count,T,H,W,3)."""
+    home, reference = Home(job.config.home), job.source.dataset
+    split = "test" if open_dataset(home, reference).index("test").num_rows else "train"
+    return feed.windows(home, reference, split, frames, count, seed=0)
+
+
+def _one_row_per_action(job: Job, world: World) -> np.ndarray:
+    """Each latent action pressed from the same frame."""
+    start: Window = world.prompt_window(held_out(job, 1, job.source.frames)[0, :2])
+    actions = np.repeat(np.arange(world.action_count)[:, None], PICTURE_FRAMES, axis=1)
+    return figures.sheet(list(world.rollout([start] * world.action_count, actions, PREVIEW).numpy()))
+
+
+def _world(job: Job, model: CoTraining | WithActions) -> World:
+    actions = model.actions if isinstance(model, CoTraining) else model._finished[0]
+    tokenizer = cast(Tokenizer, load_model(_need(job.tokenizer), kind="tokenizer"))
+    return World(tokenizer, actions, model.dynamics, job.model.fps)
+
+
+def _write_prompts(job: Job, folder: Path) -> None:
+    """First frames of held-out windows, for players to start from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, frames in enumerate(held_out(job, PROMPTS, job.source.frames)):
+        (folder / f"{n}.png").write_bytes(figures.png(frames[0]))
+
+
+def _need(path: Path | None) -> Path:
+    if path is None:
+        raise ValueError("the job was planned without an artifact that its stage stands on")
+    return path
+
+
+def parameters(job: Job) -> int:
+    """Trained parameters, counted without building them in memory."""
+    with torch.device("meta"):
+        parts: dict[str, list[tuple[str, TokenizerConfig | ActionsConfig | DynamicsConfig]]] = {
+            "tokenizer": [("tokenizer", job.model.tokenizer)],
+            "actions": [("actions", job.model.actions)],
+            "dynamics": [("dynamics", job.model.dynamics)],
+            "world": [("actions", job.model.actions), ("dynamics", job.model.dynamics)],
+        }
+        models = [build_model(kind, config) for kind, config in parts[job.config.stage]]
+    return sum(p.numel() for model in models for p in model.parameters())

@@ -1,0 +1,319 @@
+"""Engines that take the optimizer's step: DeepSpeed ZeRO over many workers, or plain torch in one process.
+
+Both have the same door (`Engine`), so the loop, its tests and a debugger run the same step.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from typing_extensions import override
+
+from infra.config import UserError
+from pipelines.config import OptimizerConfig, TrainConfig
+
+log = logging.getLogger(__name__)
+
+TAG = "state"
+PLAIN_FILE = "plain.pt"
+QUIET = 10**9
+
+Batch = dict[str, Tensor]
+Losses = dict[str, Tensor]
+
+
+class Engine(ABC):
+    """What the loop asks of an engine."""
+
+    kind: str
+    model: nn.Module
+    config: TrainConfig
+    device: str
+    rank: int
+    world: int
+
+    @abstractmethod
+    def forward_backward(self, batch: Batch) -> Losses:
+        """Metrics of one micro-batch; its gradients are added up until `step`."""
+
+    @abstractmethod
+    def step(self, lr: float) -> float:
+        """One optimizer step; the gradients' norm over all workers, not finite when the step was left out."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes this rank's share of the state into a folder that all ranks share."""
+
+    @abstractmethod
+    def load(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """Takes up a saved state, also one of another number of workers.
+
+        Raises:
+            UserError: it is of another kind of engine.
+        """
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """The whole model in fp32 on rank 0 (a collective; empty on the other ranks)."""
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that leaves a step out when gradients are not finite, and says so in `overflow` as ZeRO's optimizers do."""
+
+    overflow = False
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """The step, unless a gradient is not finite."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        total = torch.stack([g.float().sum() for g in grads]).sum() if grads else torch.zeros(())
+        self.overflow = not bool(torch.isfinite(total))
+        return None if self.overflow else super().step(closure)
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Weight decay on matrices, none on gains, biases and codebooks."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = {n for n, p in named if p.ndim < 2 or n.endswith("codes")}
+    groups = [
+        {"params": [p for n, p in named if n not in plain], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if n in plain], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> GuardedAdamW:
+    """AdamW over the model's parameters; the loop sets the learning rate before each step."""
+    return GuardedAdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas)
+
+
+class PlainEngine(Engine):
+    """Plain torch in one process: for debugging, for unit tests, and for machines without Ray."""
+
+    kind = "plain"
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.device = "cuda" if config.gpu else "cpu"
+        self.model, self.config = model.to(self.device), config
+        self.rank, self.world = 0, 1
+        self.optimizer = make_optimizer(model, config.optimizer)
+        self._parts = config.batch // config.micro_batch
+
+    @override
+    def forward_backward(self, batch: Batch) -> Losses:
+        """See Engine."""
+        with autocast(self.config, self.device):
+            loss, metrics = self.model(batch)
+        (loss / self._parts).backward()
+        return metrics
+
+    @override
+    def step(self, lr: float) -> float:
+        """See Engine."""
+        set_lr(self.optimizer, lr)
+        limit = self.config.optimizer.clip_norm or float("inf")
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    @override
+    def save(self, folder: Path) -> None:
+        """See Engine."""
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / PLAIN_FILE)
+
+    @override
+    def load(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """See Engine."""
+        if manifest["engine"] != "plain":
+            raise UserError(f"{folder} was written by {manifest['world']} workers: continue it with --workers above 0")
+        state = torch.load(folder / PLAIN_FILE, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    @override
+    def weights(self) -> dict[str, Tensor]:
+        """See Engine."""
+        return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed ZeRO 0-3 inside an initialised process group.
+
+    Args:
+        model: built alike on every rank (same seed).
+        config: of the training.
+        folder: shared by the ranks, for the conversion to a universal checkpoint.
+        checkpoint: manifest of the checkpoint that will be loaded, if any.
+    """
+
+    kind = "zero"
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, folder: Path, checkpoint: Mapping[str, Any] | None
+    ) -> None:
+        deepspeed = import_deepspeed()
+        self.rank, self.world, self.config, self.folder = dist.get_rank(), dist.get_world_size(), config, folder
+        parts = config.batch // config.micro_batch
+        if parts % self.world:
+            raise UserError(f"{parts} micro-batches a step can't be shared by {self.world} workers: change --batch")
+        self.universal = checkpoint is not None and (checkpoint["world"], checkpoint["zero"]) != (
+            self.world,
+            config.zero,
+        )
+        settings = deepspeed_settings(config, self.world, self.universal)
+        self._deepspeed = deepspeed
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=make_optimizer(model, config.optimizer), config=settings
+        )
+        self.model: nn.Module = self._engine.module
+        self.device = str(self._engine.device)
+
+    @override
+    def forward_backward(self, batch: Batch) -> Losses:
+        """See Engine."""
+        loss, metrics = self._engine(batch)
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch; the boundary's own step is `step`
+        return metrics
+
+    @override
+    def step(self, lr: float) -> float:
+        """See Engine."""
+        set_lr(self._optimizer, lr)
+        norm = self._norm_without_zero() if self.config.zero == 0 else None
+        self._engine.step()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return float("nan") if self._optimizer.overflow or norm is None else float(norm)
+
+    def _norm_without_zero(self) -> float:
+        """ZeRO-0 keeps no norm; the gradients are whole and equal on every rank."""
+        grads = [p.grad.float().norm() for p in self.model.parameters() if p.grad is not None]
+        return float(torch.stack(grads).norm())
+
+    @override
+    def save(self, folder: Path) -> None:
+        """See Engine."""
+        (folder / TAG).mkdir(exist_ok=True)  # DeepSpeed makes it on rank 0 only
+        dist.barrier()
+        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=self.rank == 0)
+
+    @override
+    def load(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """See Engine. Another number of workers or ZeRO stage goes through DeepSpeed's universal checkpoint."""
+        if manifest["engine"] != "zero":
+            raise UserError(f"{folder} was written in one process: continue it with --workers 0")
+        if self.universal and 0 in (manifest["zero"], self.config.zero) and manifest["zero"] != self.config.zero:
+            raise UserError(f"{folder} is of --zero {manifest['zero']}: continue it with that, or with another --seed")
+        source = self._universal(folder) if self.universal and self.config.zero else folder
+        path, _ = self._engine.load_checkpoint(str(source), tag=TAG, load_lr_scheduler_states=False)
+        if path is None:
+            raise UserError(f"DeepSpeed found nothing to load in {source}: remove that folder")
+        dist.barrier()
+        if source != folder and self.rank == 0:
+            shutil.rmtree(source)
+
+    def _universal(self, folder: Path) -> Path:
+        target = self.folder / f"universal-{folder.name}"
+        if self.rank == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            to_universal(folder, target)
+        dist.barrier()
+        return target
+
+    @override
+    def weights(self) -> dict[str, Tensor]:
+        """See Engine."""
+        parameters = list(self.model.parameters())
+        gather = (
+            self._deepspeed.zero.GatheredParameters(parameters) if self.config.zero == 3 else contextlib.nullcontext()
+        )
+        with gather:
+            if self.rank:
+                return {}
+            return {name: value.detach().float().cpu().clone() if value.is_floating_point() else value.cpu().clone()
+                    for name, value in self.model.state_dict().items()}  # fmt: skip
+
+
+def deepspeed_settings(config: TrainConfig, world: int, universal: bool) -> dict[str, Any]:
+    """DeepSpeed's own configuration (deepspeed.ai/docs/config-json)."""
+    zero: dict[str, Any] = {
+        "stage": config.zero,
+        "contiguous_gradients": True,
+        "overlap_comm": config.gpu,
+        "reduce_bucket_size": 50_000_000,
+        "allgather_bucket_size": 50_000_000,
+    }
+    if config.zero == 3:
+        zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_prefetch_bucket_size": 10_000_000}
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.gpu}
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": config.batch // config.micro_batch // world,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "steps_per_print": QUIET,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its cpu_adam compiles for minutes
+        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "checkpoint": {"load_universal": universal and config.zero > 0},
+    }
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet and without the compilation of shm_comm, which takes minutes or needs ninja."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = dist.get_backend() if dist.is_initialized() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def to_universal(source: Path, target: Path) -> None:
+    """A checkpoint of any number of workers as one that any number can load."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    ds_to_universal.main(
+        argparse.Namespace(
+            input_folder=str(source / TAG),
+            output_folder=str(target / TAG),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
+    for name in ("latest", "latest_universal"):
+        (target / name).write_text(TAG)
+
+
+def set_lr(optimizer: Any, lr: float) -> None:
+    """The rate of the next step, in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@contextlib.contextmanager
+def autocast(config: TrainConfig, device: str) -> Iterator[None]:
+    """bfloat16 where torch holds it safe, if the precision says so."""
+    with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16"):
+        yield
