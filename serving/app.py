@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import FastAPI
@@ -33,22 +33,24 @@ from serving.gateway import Gateway
 from serving.protocol import Model, ModelInfo, ModelUnavailable, Prompted, StepJob, Stepped
 from serving.store import SqliteStore
 
+if TYPE_CHECKING:
+    from serving.engine import Engine
+
 log = logging.getLogger(__name__)
 
 APP = "lampworks"
 UNAVAILABLE = (RayActorError, BackPressureError, DeploymentUnavailableError)
-ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+ROUTER: Any = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
+LIFE: dict[str, Any] = {
+    "health_check_period_s": 1,
+    "health_check_timeout_s": 10,
+    "graceful_shutdown_timeout_s": 10,
+    "logging_config": QUIET,
+}
+Handle = DeploymentHandle[Any]
 
 
-@serve.deployment(
-    max_ongoing_requests=1024,
-    health_check_period_s=1,
-    health_check_timeout_s=10,
-    graceful_shutdown_timeout_s=10,
-    logging_config=QUIET,
-    request_router_config=RequestRouterConfig(request_router_class=ROUTER),
-)
 class WorldModel:
     """One replica of a world: an `Engine`, warmed up before it counts as ready."""
 
@@ -79,7 +81,7 @@ class RemoteModel:
     Calls carry the session id, which consistent hashing keeps on one replica as long as it lives.
     """
 
-    def __init__(self, handle: DeploymentHandle, info: ModelInfo) -> None:
+    def __init__(self, handle: Handle, info: ModelInfo) -> None:
         self.info, self._handle = info, handle
 
     async def ready(self) -> bool:
@@ -99,23 +101,15 @@ class RemoteModel:
     async def step(self, job: StepJob) -> Stepped | None:
         """The next frame, by the session's replica; Serve itself never repeats a call that died with its replica."""
         try:
-            return await self._handle.options(session_id=job.session or None).step.remote(job)
+            return await self._handle.options(session_id=job.session).step.remote(job)
         except UNAVAILABLE as error:
             raise ModelUnavailable(str(error)) from error
 
 
-@serve.deployment(
-    max_ongoing_requests=4096,  # a socket counts as one request for as long as it is open
-    health_check_period_s=1,
-    health_check_timeout_s=10,
-    graceful_shutdown_timeout_s=10,
-    logging_config=QUIET,
-)
-@serve.ingress()
 class GatewayReplica:
     """The doors as a deployment."""
 
-    async def __init__(self, config: ServeConfig, worlds: Mapping[str, Path], *handles: DeploymentHandle) -> None:
+    async def __init__(self, config: ServeConfig, worlds: Mapping[str, Path], *handles: Handle) -> None:
         models: dict[str, Model] = {}
         for reference, handle in zip(worlds, handles, strict=False):
             models[reference] = RemoteModel(handle, await handle.info.remote())
@@ -187,21 +181,29 @@ def serve_world(config: ServeConfig, block: bool = False) -> ServedWorld:
 
 def application(config: ServeConfig, worlds: Mapping[str, Path]) -> serve.Application:
     """The graph of deployments: one gateway tier in front of one deployment per world."""
+    gpus = int(config.device == "cuda")
     handles = []
     for reference, path in () if config.colocated else worlds.items():
-        options: dict[str, Any] = {"num_cpus": 0.5, "num_gpus": 1 if config.device == "cuda" else 0}
-        model = WorldModel.options(
-            name="world-" + reference.replace("@", "-"), num_replicas=config.replicas, ray_actor_options=options
-        )
+        model = serve.deployment(
+            name="world-" + reference.replace("@", "-"),
+            num_replicas=config.replicas,
+            max_ongoing_requests=1024,
+            ray_actor_options={"num_cpus": 0.5, "num_gpus": gpus},
+            request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+            **LIFE,
+        )(WorldModel)
         handles.append(model.bind(config, path, reference))
-    gateway = GatewayReplica.options(
+    gateway = serve.deployment(
+        name="gateway",
         num_replicas=config.gateways,
-        ray_actor_options={"num_cpus": 0.25, "num_gpus": 1 if config.colocated and config.device == "cuda" else 0},
-    )
+        max_ongoing_requests=4096,  # a socket counts as one request for as long as it is open
+        ray_actor_options={"num_cpus": 0.25, "num_gpus": gpus if config.colocated else 0},
+        **LIFE,
+    )(serve.ingress()(GatewayReplica))
     return gateway.bind(config, dict(worlds), *handles)
 
 
-def _load_engine(config: ServeConfig, path: Path, reference: str) -> Model:
+def _load_engine(config: ServeConfig, path: Path, reference: str) -> "Engine":
     """Loads a world onto this replica's device and warms it up."""
     import torch  # gateways never get here: they start in a second and stay small
 

@@ -20,6 +20,7 @@ import gymnasium
 import httpx
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from typing_extensions import override
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
@@ -149,7 +150,7 @@ class Player(_Described):
 
     def fork(self, step: int | None = None) -> "Player":
         """A new session that shares the past up to a step (the newest by default)."""
-        body = {} if step is None else {"step": step}
+        body: dict[str, int] = {} if step is None else {"step": step}
         return Player(self._client, self._call("POST", "/fork", json=body).json()["sessions"][0])
 
     def frame(self, step: int) -> np.ndarray:
@@ -291,7 +292,7 @@ class AsyncPlayer(_Described):
             self._socket = None
 
 
-class RemoteWorldEnv(gymnasium.Env[np.ndarray, int]):
+class RemoteWorldEnv(gymnasium.Env[np.ndarray, np.int64]):
     """A served world as an environment: no reward, no end but `max_steps`; one session an episode.
 
     Args:
@@ -303,7 +304,7 @@ class RemoteWorldEnv(gymnasium.Env[np.ndarray, int]):
         key: API key.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (Gymnasium's own shape)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(
         self,
@@ -326,6 +327,7 @@ class RemoteWorldEnv(gymnasium.Env[np.ndarray, int]):
         self._frame = np.zeros(self.observation_space.shape, np.uint8)
         self._steps = 0
 
+    @override
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
@@ -345,7 +347,8 @@ class RemoteWorldEnv(gymnasium.Env[np.ndarray, int]):
         self._frame = player.frame(player.step_number)
         return self._frame, {"session": player.id, "step": player.step_number, "model": player.model}
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    @override
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """One frame on."""
         if self._player is None:
             raise gymnasium.error.ResetNeeded("call reset before step")
@@ -353,10 +356,12 @@ class RemoteWorldEnv(gymnasium.Env[np.ndarray, int]):
         self._steps += 1
         return self._frame, 0.0, False, self._steps >= self._max_steps, {"step": self._player.step_number}
 
+    @override
     def render(self) -> np.ndarray:
         """The newest frame."""
         return self._frame
 
+    @override
     def close(self) -> None:
         """Leaves and removes the session."""
         self._leave()

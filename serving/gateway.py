@@ -314,7 +314,8 @@ async def _on_problem(request: Request, problem: Problem) -> Response:
 
 async def _on_http(request: Request, error: HTTPException) -> Response:
     slug = str(error.detail).lower().replace(" ", "-")
-    response = await _on_problem(request, Problem(error.status_code, slug, str(error.detail)))
+    detail = f"{request.method} {request.url.path[:80]}: {error.detail}"
+    response = await _on_problem(request, Problem(error.status_code, slug, detail))
     response.headers.update(error.headers or {})
     return response
 

@@ -79,7 +79,7 @@ def _decode(data: bytes) -> np.ndarray:
     if picture is None:
         raise Problem(422, "picture-broken", "the picture can't be decoded: it is cut off or damaged")
     if picture.dtype == np.uint16:
-        picture = (picture >> 8).astype(np.uint8)
+        picture = (picture // 256).astype(np.uint8)
     if picture.ndim == 2 or picture.shape[2] == 1:
         picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR)
     if picture.shape[2] == 4:

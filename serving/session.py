@@ -304,6 +304,4 @@ def _gone() -> Problem:
 
 
 def _gap(step: int, newest: int) -> Problem:
-    return Problem(
-        409, "step-out-of-order", f"step {step} was asked for, the next is {newest + 1}", step=newest
-    )
+    return Problem(409, "step-out-of-order", f"step {step} was asked for, the next is {newest + 1}", step=newest)

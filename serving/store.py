@@ -152,9 +152,7 @@ class SqliteStore:
             if row.step != found[1] + 1:
                 return Commit.DUPLICATE if row.step <= found[1] else Commit.GAP
             db.execute("insert into frames values(?,?,?,?,?,?)", _values(session_id, row))
-            db.execute(
-                "update sessions set step=?, bytes=bytes+? where id=?", (row.step, row.size_bytes, session_id)
-            )
+            db.execute("update sessions set step=?, bytes=bytes+? where id=?", (row.step, row.size_bytes, session_id))
         return Commit.OK
 
     def row(self, session_id: str, step: int) -> Row | None:

@@ -204,7 +204,7 @@ async function launch(event) {
     open(await callJson("/v1/sessions", { method: "POST", body: form, token: $("key").value }));
   } catch (error) {
     $("launch-error").textContent = error.message;
-    showState("idle", "choose a picture");
+    showState("idle", "ready");
   }
   $("play").disabled = false;
 }
@@ -278,15 +278,17 @@ function drawActions() {
   const labels = memory.read(`labels.${game.model}`, {});
   $("pad-actions").replaceChildren(...Array.from({ length: game.actions }, (_, action) => {
     const button = document.createElement("button"), key = document.createElement("b"), label = document.createElement("span");
-    Object.assign(button, { type: "button", title: "Double click to name it" });
+    Object.assign(button, { type: "button", title: "Right click or long press to name it" });
     button.dataset.action = action;
     key.textContent = (KEYS[action] ?? String(action + 1)).toUpperCase();
     label.textContent = labels[action] ?? `action ${action + 1}`;
     button.append(key, label);
-    button.onpointerdown = () => hold(action);
+    button.onpointerdown = (event) => event.button === 0 && hold(action);
     button.onpointerup = button.onpointerleave = button.onpointercancel = () => let_go(action);
     button.onclick = (event) => { if (event.detail === 0) { hold(action); let_go(action); } };
-    button.ondblclick = () => {
+    button.oncontextmenu = (event) => {
+      event.preventDefault();
+      let_go(action);
       const name = window.prompt(`What does action ${action + 1} do?`, labels[action] ?? "");
       if (name === null) return;
       memory.write(`labels.${game.model}`, { ...labels, [action]: name.trim().slice(0, 24) || undefined });
@@ -370,7 +372,7 @@ function leave() {
   history.replaceState(null, "", "/");
   $("game").hidden = true;
   $("start").hidden = false;
-  showState("idle", "choose a picture");
+  showState("idle", "ready");
   showRecent();
 }
 
@@ -514,7 +516,12 @@ function readGamepads() {
 function setUp() {
   setUpPad();
   for (const group of [document.querySelector("[role=tablist]"), $("gallery"), $("palette")]) roving(group);
-  for (const tab of document.querySelectorAll("[role=tab]")) tab.onclick = () => selectTab(tab.id.slice(4));
+  for (const tab of document.querySelectorAll("[role=tab]")) {
+    tab.onclick = () => {
+      selectTab(tab.id.slice(4));
+      if (tab.id === "tab-draw") useDrawing();
+    };
+  }
   $("file").onchange = () => $("file").files[0] && usePicture($("file").files[0]);
   $("drop").ondragover = (event) => { event.preventDefault(); $("drop").classList.add("over"); };
   $("drop").ondragleave = () => $("drop").classList.remove("over");

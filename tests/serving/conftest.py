@@ -64,7 +64,7 @@ def served_home(world, tmp_path_factory):
     world.save(folder / "world")
     (folder / "world" / "prompts").mkdir()
     for i in range(3):
-        cv2.imwrite(str(folder / "world" / "prompts" / f"{i}.png"), picture(i, SIZE, SIZE))
+        cv2.imwrite(str(folder / "world" / "prompts" / f"{i}.png"), picture(i, SIZE, SIZE)[..., ::-1])
     home = Home(folder / "home").ensure()
     publish(
         home, name="toy", kind="world", source_dir=folder / "world", config={}, parents={}, metrics={}, identity="toy"
@@ -92,7 +92,9 @@ def gateway_of(home, engine, database, **settings):
     """The doors over an engine in this process, without Ray: the same application that a Serve replica runs."""
     store = SqliteStore(database)
     prompts = {engine.info.reference: home.artifacts / "toy" / "v1" / "prompts"}
-    gateway = Gateway(ServeConfig(home=home.path, world="toy", **settings), {engine.info.reference: engine}, prompts, store)
+    gateway = Gateway(
+        ServeConfig(home=home.path, world="toy", **settings), {engine.info.reference: engine}, prompts, store
+    )
     with listening(gateway.app()) as url:
         yield url
     store.close()

@@ -1,10 +1,6 @@
 """The player page in real Chromium."""
 
 import hashlib
-import os
-import re
-import signal
-import subprocess
 from pathlib import Path
 
 import pytest
