@@ -5,11 +5,12 @@ are taken in groups and the windows of a group are shuffled together, so a reade
 """
 
 import functools
+import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -173,10 +174,8 @@ class Reader:
         self.windows, self.micro_batch = source.open(), micro_batch
 
     def __call__(self, row: dict[str, np.ndarray]) -> Batch:
-        """Rows of one micro-batch; `micro` is its number in the whole run, for the loop to check."""
-        micro = int(row["id"][0])
-        batch = self.windows.batch(int(row["first"][0]), self.micro_batch)
-        return {**batch, "micro": np.full(self.micro_batch, micro)}
+        """The samples from `first` on; their numbers come along, for the loop to check."""
+        return self.windows.batch(int(row["first"][0]), self.micro_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +220,11 @@ def stream(source: Source, schedule: Schedule, step: int) -> "ray.data.Dataset":
     """
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    micros = schedule.remaining(step)
-    rows = [{"id": m, "first": schedule.first_sample(m)} for m in micros]
+    rows = [{"first": schedule.first_sample(micro)} for micro in schedule.remaining(step)]
     return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Reader,
         fn_constructor_args=(source, schedule.micro_batch),
@@ -235,11 +234,11 @@ def stream(source: Source, schedule: Schedule, step: int) -> "ray.data.Dataset":
     )
 
 
-def local_batches(source: Source, schedule: Schedule, step: int) -> Iterator[Batch]:
-    """The same micro-batches in this process, without Ray."""
+def local_batches(source: Source, schedule: Schedule, step: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """The same micro-batches (of one rank) in this process, without Ray."""
     reader = Reader(source, schedule.micro_batch)
-    for micro in schedule.remaining(step):
-        yield reader({"id": np.array([micro]), "first": np.array([schedule.first_sample(micro)])})
+    for micro in schedule.remaining(step)[rank::world]:
+        yield reader({"first": np.array([schedule.first_sample(micro)])})
 
 
 def windows(home: Home, dataset: str, split: str, frames: int, count: int, seed: int) -> np.ndarray:
@@ -247,7 +246,3 @@ def windows(home: Home, dataset: str, split: str, frames: int, count: int, seed:
     feed = FeedConfig(windows_per_clip=1)
     opened = Source(home=home.path, dataset=dataset, split=split, frames=frames, seed=seed, feed=feed).open()
     return opened.batch(0, count)["frames"]
-
-
-Local = Callable[[int], Iterator[Batch]]
-Rows = dict[str, Any]

@@ -201,6 +201,7 @@ def _encode(
 ) -> None:
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False
     done = (
         ray.data.from_items(units, override_num_blocks=len(units))

@@ -82,7 +82,20 @@ def train(config: TrainConfig) -> Artifact:
 
 def _run(job: "Job", follower: Follower) -> None:
     """To the end, in workers or here; the console and MLflow follow meanwhile."""
-    work = _with_ray if job.config.workers else _here
+    if not job.config.workers:
+        _followed(job, follower, _here)
+    else:
+        with connect(job.config.cluster):
+            _followed(job, follower, _fit)
+    refused = job.folder / REFUSED
+    if refused.exists():
+        raise UserError(refused.read_text())
+    if not (job.folder / "result").exists():
+        raise Interrupted(f"training stopped at step {follower.step} with a checkpoint: the same command continues it")
+
+
+def _followed(job: "Job", follower: Follower, work: Callable[["Job"], None]) -> None:
+    """The work in a thread, so that this one can tell of progress and take Ctrl-C."""
     failed: list[BaseException] = []
 
     def body() -> None:
@@ -105,13 +118,8 @@ def _run(job: "Job", follower: Follower) -> None:
             (job.folder / "stop").touch()
             log.warning("interrupted: waiting for a checkpoint (again to leave without one)")
     follower.follow()
-    refused = job.folder / REFUSED
-    if refused.exists():
-        raise UserError(refused.read_text())
     if failed:
         raise failed[0]
-    if not (job.folder / "result").exists():
-        raise Interrupted(f"training stopped at step {follower.step} with a checkpoint: the same command continues it")
 
 
 def _here(job: "Job") -> None:
@@ -154,11 +162,6 @@ def _remaining(job: "Job") -> Callable[[], "ray.data.Dataset"]:
         return stream(job.source, job.schedule(tuple(read_skipped(job.folder))), starting_step(job))
 
     return make
-
-
-def _with_ray(job: "Job") -> None:
-    with connect(job.config.cluster):
-        _fit(job)
 
 
 def _fit(job: "Job") -> None:
