@@ -20,7 +20,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[dev,games]'
-	$(PIP) --no-deps procgen-mirror gym3 gym gym-notices
+	$(PIP) --no-deps procgen-mirror gym3 gym
 	touch $@
 
 system: $(VENV)/.done  ## programs that pip can't bring: apt where it runs as root, named where it doesn't

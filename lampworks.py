@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"lampworks {VERSION}\n")
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         _run(words[0], words[1:])
     except KeyboardInterrupt:
@@ -198,6 +199,7 @@ def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def demo(config: Any) -> None:
     """The whole path, then a served world: with a page until Ctrl-C, or one scripted session."""
+    from infra.cluster import connect
     from infra.config import Home
     from pipelines import presets
     from pipelines.path import STEPS, walk
@@ -211,9 +213,10 @@ def demo(config: Any) -> None:
         f"{steps}  serve     the world, to a browser\n"
         f"Everything is written to {home.path}. Ctrl-C at any time: the same command continues there.\n\n"
     )
-    made = walk(path)
-    sys.stdout.write(_headline(home, made["evaluate"]) + f"report: {made['report']}\n")
-    _serve_demo(config, made["world"])
+    with connect(path.cluster):
+        made = walk(path)
+        sys.stdout.write(_headline(home, made["evaluate"]) + f"report: {made['report']}\n")
+        _serve_demo(config, made["world"])
 
 
 def _headline(home: Any, evaluation: str) -> str:

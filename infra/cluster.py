@@ -31,6 +31,9 @@ WORKER_ENVIRONMENT = {
 """What every process of a cluster starts with, unless its own environment says otherwise. DeepSpeed reads its
 accelerator at import; more than one thread a worker makes two workers on two cores slower than one."""
 
+CHATTY = ("ray", "ray.data", "ray.serve", "ray.train", "ray.tune")
+"""Loggers whose lines on the console are about Ray's insides; its log files keep them."""
+
 
 @contextlib.contextmanager
 def connect(config: ClusterConfig | None = None) -> Iterator[None]:
@@ -45,6 +48,9 @@ def connect(config: ClusterConfig | None = None) -> Iterator[None]:
         yield
         return
     config = config or ClusterConfig()
+    if config.quiet:
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
     saved = dict(os.environ)
     os.environ.update(environment())
     try:
@@ -75,7 +81,7 @@ def _start(config: ClusterConfig) -> None:
         object_store_memory=config.object_store_bytes,
         include_dashboard=False,
         log_to_driver=not config.quiet,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR if config.quiet else logging.WARNING,
         _temp_dir=str(temporary_folder()),
     )
     log.info("ray started | cpus %d", int(ray.cluster_resources().get("CPU", 0)))
@@ -86,7 +92,7 @@ def _join(config: ClusterConfig) -> None:
         ray.init(
             address=config.address,
             log_to_driver=not config.quiet,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR if config.quiet else logging.WARNING,
             runtime_env={"env_vars": environment()},
         )
     except ConnectionError as error:

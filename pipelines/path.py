@@ -58,7 +58,8 @@ def _tokenize(walk: Walk) -> str:
 
     made = walk.made
     config = replace(walk.config.tokenize, home=walk.config.home, dataset=made["curate"], tokenizer=made["tokenizer"])
-    return str(tokenize(config))
+    table = tokenize(config)
+    return f"{table.dataset} in tokens of {table.tokenizer}"
 
 
 def _world(walk: Walk) -> str:
@@ -105,5 +106,12 @@ def walk(config: PathConfig) -> dict[str, str]:
             log.info("[%d/%d] %s: %s", number, len(STEPS), step.name, step.what)
             start = time.monotonic()
             state.made[step.name] = step.run(state)
-            log.info("[%d/%d] %s: %s | %.0f s", number, len(STEPS), step.name, state.made[step.name], time.monotonic() - start)
+            log.info(
+                "[%d/%d] %s: %s | %.0f s",
+                number,
+                len(STEPS),
+                step.name,
+                state.made[step.name],
+                time.monotonic() - start,
+            )
     return state.made

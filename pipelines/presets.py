@@ -1,4 +1,4 @@
-"""Chosen values: whole configurations as plain functions. Model shapes first, then paths; `COMMAND_PRESETS` names them."""
+"""Chosen values: whole configurations as plain functions. Worlds first, then paths; `COMMAND_PRESETS` names them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipelines.config import (
     PathConfig,
     RecordConfig,
     ReportConfig,
+    RulesConfig,
     TokenizeConfig,
     TrainConfig,
 )
@@ -53,7 +54,7 @@ def demo_world() -> WorldConfig:
             frames=frames,
             encoder=_small(2, 96, frames, "none"),
             decoder=_small(2, 96, frames, "space"),
-            codebook=CodebookConfig(size=codes, dim=16),
+            codebook=CodebookConfig(size=codes, dim=16, decay=0.97, warmup_share=0.2),
         ),
         actions=ActionsConfig(
             height_px=64,
@@ -111,7 +112,7 @@ def toy_world() -> WorldConfig:
             frames=frames,
             encoder=_small(2, 64, frames),
             decoder=_small(2, 64, frames),
-            codebook=CodebookConfig(size=codes, dim=16),
+            codebook=CodebookConfig(size=codes, dim=16, decay=0.97, warmup_share=0.2),
         ),
         actions=ActionsConfig(
             height_px=32,
@@ -170,7 +171,9 @@ def tiny_path(home: Path = Path("lampworks-home")) -> PathConfig:
     return PathConfig(
         home=home,
         record=RecordConfig(home=home, episodes=6, side_games=("ninja",), min_s=6, max_s=9),
-        curate=CurateConfig(home=home, width_px=32, height_px=32, clip_frames=40, holdout_share=0.3),
+        curate=CurateConfig(
+            home=home, width_px=32, height_px=32, clip_frames=40, holdout_share=0.3, rules=RulesConfig(min_duration_s=4)
+        ),
         tokenizer=TrainConfig(
             home=home,
             stage="tokenizer",
