@@ -76,7 +76,7 @@ class Home:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another process may prove the same at once
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.path} ({error.strerror}): choose another folder with --home"
