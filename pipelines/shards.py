@@ -253,7 +253,8 @@ class Dataset:
 
     def _belongs(self, split: str | None) -> pc.Expression:
         kept, dropped = self._keep_list
-        mask = pc.field("video_id").isin(kept) & ~pc.field("clip_id").isin(dropped)
+        mask = pc.field("video_id").isin(pa.array(kept, pa.string()))
+        mask &= ~pc.field("clip_id").isin(pa.array(dropped, pa.string()))
         return mask & (pc.field("split") == split) if split else mask
 
     @cached_property

@@ -110,7 +110,7 @@ def _probe(container: InputContainer, stream: VideoStream) -> Probe:
 
 
 def _plain(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = (error.strerror if isinstance(error, FFmpegError | OSError) else None) or str(error)
     return text.split("; last error log")[0].replace("\n", " ")[:200]
 
 

@@ -1,0 +1,105 @@
+"""Small real videos for the tests of curation: scrolling textures in files of every kind."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from pipelines.config import CurateConfig
+from pipelines.video import write_video
+
+
+def scroll(frames: int, seed: int = 0, size: int = 64, speed: int = 2, cut_every: int = 0) -> np.ndarray:
+    """A camera that moves over a random texture, uint8 (T, size, size, 3); a new texture after each cut."""
+    rng = np.random.default_rng(seed)
+    out = np.empty((frames, size, size, 3), np.uint8)
+    world = _texture(rng, size)
+    for t in range(frames):
+        if cut_every and t and t % cut_every == 0:
+            world = _texture(rng, size)
+        x = t * speed % size
+        out[t] = world[:, x : x + size]
+    return out
+
+
+def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    coarse = rng.integers(0, 256, (size // 8, size // 8, 3), np.uint8)
+    tile = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_NEAREST)
+    return np.concatenate([tile, tile], axis=1)
+
+
+def sidecar(path: Path, **changes) -> None:
+    """A yt-dlp sidecar that the paper's rule accepts."""
+    info = {
+        "id": path.stem,
+        "title": f"{path.stem} 2D platformer playthrough",
+        "description": "",
+        "duration": 20.0,
+        "uploader": "someone",
+        "webpage_url": f"https://example.org/{path.stem}",
+    }
+    path.with_name(f"{path.stem}.info.json").write_text(json.dumps({**info, **changes}), encoding="utf-8")
+
+
+def film(folder: Path, name: str, frames: np.ndarray, fps: int = 20, **info) -> Path:
+    """A video with its sidecar."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.mp4"
+    write_video(path, iter(frames), fps)
+    sidecar(path, duration=len(frames) / fps, **info)
+    return path
+
+
+def corpus(folder: Path, good: int = 4) -> Path:
+    """A few good videos, and one of each kind that must be refused."""
+    for i in range(good):
+        film(folder, f"good{i}", scroll(90, seed=i))
+    film(folder, "static", np.repeat(scroll(1, seed=90), 90, axis=0))
+    film(folder, "black", np.zeros((90, 64, 64, 3), np.uint8))
+    film(folder, "short", scroll(20, seed=91))
+    film(folder, "wrong", scroll(90, seed=92), title="2D platformer movie, full playthrough")
+    film(folder, "half", np.concatenate([scroll(40, seed=93), np.repeat(scroll(1, seed=94), 50, axis=0)]))
+    original = folder / "good0.mp4"
+    (folder / "copy.mp4").write_bytes(original.read_bytes())
+    sidecar(folder / "copy.mp4", duration=4.5)
+    (folder / "text.mp4").write_text("no video at all\n" * 50)
+    sidecar(folder / "text.mp4", duration=4.5)
+    (folder / "cut.mp4").write_bytes(film(folder, "cut", scroll(90, seed=95)).read_bytes()[:3000])
+    film(folder, "bare", scroll(90, seed=96)).with_name("bare.info.json").unlink()
+    (folder / "unfinished.mp4.part").write_bytes(b"x")
+    return folder
+
+
+EXPECTED = {
+    "static": ("rejected", "static"),
+    "black": ("rejected", "black"),
+    "short": ("rejected", "too_short"),
+    "wrong": ("rejected", "negating_word"),
+    "half": ("partial", "static"),
+    "copy": ("kept", ""),
+    "text": ("dead_letter", "unreadable"),
+    "cut": ("dead_letter", "unreadable"),
+    "bare": ("rejected", "no_sidecar"),
+    "good0": ("duplicate", "same_bytes"),
+}
+"""Outcome and reason of each unwanted file of `corpus`; "copy" sorts before "good0", so it is the original."""
+
+
+def settings(home: Path, source: Path, **changes) -> CurateConfig:
+    """Small clips, small units: many commits from little footage."""
+    from pipelines.config import FilterConfig, RulesConfig
+
+    values = {
+        "home": home,
+        "source": source,
+        "name": "small",
+        "width_px": 32,
+        "height_px": 32,
+        "clip_frames": 20,
+        "unit_s": 10.0,
+        "workers": 2,
+        "rules": RulesConfig(min_duration_s=0.5),
+        "filters": FilterConfig(),
+    }
+    return CurateConfig(**{**values, **changes})

@@ -1,0 +1,208 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import ray
+from footage import EXPECTED, corpus, film, scroll, settings
+
+from infra.config import UserError
+from pipelines.curate import curate
+from pipelines.shards import KEPT, open_dataset, versions
+from pipelines.video import decode_clip
+
+CLIP = 20
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return corpus(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="module")
+def curated(source, tmp_path_factory, ray_cluster):
+    return curate(settings(tmp_path_factory.mktemp("home"), source))
+
+
+def contents(dataset):
+    """Everything that defines a dataset's clips, bytes included, by clip."""
+    return {row["clip_id"]: row for row in dataset.clip_table().to_pylist()}
+
+
+def ledger(dataset, *columns):
+    table = dataset.video_table(["video_id", *columns])
+    return {row["video_id"]: tuple(row[c] for c in columns) for row in table.to_pylist()}
+
+
+def test_every_file_has_its_outcome_and_reason(curated):
+    found = ledger(curated.dataset, "outcome", "reason")
+    assert {k: found[k] for k in EXPECTED} == EXPECTED
+    assert {k: v for k, v in found.items() if k not in EXPECTED} == {f"good{i}": ("kept", "") for i in (1, 2, 3)}
+
+
+def test_refusals_are_explained_and_pictured(curated):
+    rows = curated.dataset.video_table().to_pylist()
+    refused = [r for r in rows if r["outcome"] not in KEPT]
+    assert all(r["stage"] and r["reason"] and r["detail"] for r in refused)
+    pictured = {r["video_id"] for r in rows if (r["preview"] or b"").startswith(b"\xff\xd8")}
+    assert pictured == {r["video_id"] for r in rows} - {"text", "cut"}
+    half = next(r for r in rows if r["video_id"] == "half")
+    assert [bool(w["preview"]) for w in half["windows"]] == [bool(w["reason"]) for w in half["windows"]]
+
+
+def test_clips_show_what_the_source_shows(curated):
+    table = curated.dataset.clip_table(["video_id", "start_s", "video", "n_frames", "title", "unit_id"])
+    rows = sorted((r for r in table.to_pylist() if r["video_id"] == "good1"), key=lambda r: r["start_s"])
+    assert [r["start_s"] for r in rows] == [0.0, 2.0]
+    frames = scroll(90, seed=1)[::2]
+    for row in rows:
+        first = int(row["start_s"] * 10)
+        truth = frames[first : first + CLIP].reshape(CLIP, 32, 2, 32, 2, 3).mean(axis=(2, 4))
+        shown = decode_clip(row["video"]).astype(float)
+        error, late = ((shown - truth) ** 2).mean(), ((shown[:-1] - truth[1:]) ** 2).mean()
+        assert error < 250 < 2000 < late  # glaring colours in 4:2:0 cost 26 dB; a frame too late costs far more
+        assert row["n_frames"] == CLIP
+        assert row["title"] == "good1 2D platformer playthrough"
+
+
+def test_a_second_run_does_nothing(curated, source):
+    before = sorted(p.stat().st_mtime_ns for p in curated.path.rglob("*.parquet"))
+    again = curate(settings(curated.path.parents[1], source))
+    assert again.version == curated.version
+    assert sorted(p.stat().st_mtime_ns for p in curated.path.rglob("*.parquet")) == before
+
+
+def test_new_videos_are_added_and_old_versions_stay(source, tmp_path, ray_cluster):
+    raw = tmp_path / "raw"
+    film(raw, "one", scroll(90, seed=1))
+    film(raw, "zwei", scroll(90, seed=2))
+    first = curate(settings(tmp_path, raw))
+    film(raw, "drei \u00e4\u6f22", scroll(90, seed=3), id="three")
+    second = curate(settings(tmp_path, raw))
+    old, new = contents(open_dataset(tmp_path, first.dataset.reference)), contents(second.dataset)
+    assert len(old) == 4
+    assert len(new) == 6
+    assert old.items() <= new.items()
+    assert [v.number for v in versions(tmp_path, "small")] == list(range(second.version + 1))
+
+
+def test_the_same_pictures_in_another_file_are_a_duplicate(tmp_path, ray_cluster):
+    raw = tmp_path / "raw"
+    film(raw, "b", scroll(90, seed=5))
+    curate(settings(tmp_path, raw))
+    path = film(raw, "a", scroll(90, seed=5))
+    path.write_bytes(path.read_bytes() + b"\x00\x00\x00\x08free")  # other bytes, same pictures
+    result = curate(settings(tmp_path, raw))
+    assert ledger(result.dataset, "outcome", "reason", "detail") == {
+        "a": ("duplicate", "same_frames", "as b"),
+        "b": ("kept", "", ""),
+    }
+    assert set(result.dataset.clip_table(["video_id"])["video_id"].to_pylist()) == {"b"}
+
+
+def test_parallelism_changes_nothing(curated, source, tmp_path):
+    alone = curate(settings(tmp_path, source, workers=1))
+    assert contents(alone.dataset) == contents(curated.dataset)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda raw: None, "no folder"),
+        (lambda raw: raw.mkdir(), "no video in"),
+        (lambda raw: film(raw, "x", scroll(40), title="nothing"), "no clip of 1 videos passed"),
+    ],
+)
+def test_a_source_without_use_is_one_sentence(tmp_path, ray_cluster, make, said):
+    make(tmp_path / "raw")
+    with pytest.raises(UserError, match=said):
+        curate(settings(tmp_path, tmp_path / "raw"))
+
+
+def test_other_settings_for_the_same_dataset_are_refused(curated, source):
+    with pytest.raises(UserError, match="another size or codec"):
+        curate(settings(curated.path.parents[1], source, width_px=48))
+
+
+# -- exactly once ------------------------------------------------------------------------------------------------
+
+DRIVER = """
+    import logging, pathlib, sys
+    sys.path.insert(0, {tests!r})
+    from footage import settings
+    from pipelines.curate import curate
+    from infra.config import ClusterConfig
+    logging.basicConfig(level=logging.INFO)
+    home, source = map(pathlib.Path, sys.argv[1:3])
+    curate(settings(home, source, cluster=ClusterConfig(address=sys.argv[3])))
+"""
+
+
+def start(home, source):
+    script = textwrap.dedent(DRIVER.format(tests=os.path.dirname(__file__)))
+    address = ray.get_runtime_context().gcs_address
+    return subprocess.Popen([sys.executable, "-c", script, home, source, address], stderr=subprocess.DEVNULL)
+
+
+def descendants(pid):
+    found = []
+    for stat in os.listdir("/proc"):
+        if stat.isdigit():
+            try:
+                with open(f"/proc/{stat}/stat") as file:
+                    parent = int(file.read().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            found.append((int(stat), parent))
+    family = {pid}
+    for _ in range(6):
+        family |= {child for child, parent in found if parent in family}
+    return family - {pid}
+
+
+def name_of(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().replace(b"\0", b" ").decode()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def kill(pids):
+    for pid in pids:
+        if name_of(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+SEEDS = [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_killed_anywhere_and_run_again_it_gives_the_same_clips(curated, source, tmp_path, seed):
+    draw = random.Random(seed)
+    driver_dies_at, worker_dies_at = draw.randint(0, 4), draw.randint(1, 4)
+    while True:
+        driver = start(tmp_path, source)
+        while driver.poll() is None:
+            time.sleep(draw.uniform(0, 0.1))
+            done = len(list(tmp_path.glob("datasets/small/videos/[!.]*.parquet")))
+            workers = [p for p in descendants(os.getpid()) if "UnitWorker" in name_of(p)]
+            if workers and done >= worker_dies_at:
+                kill([draw.choice(workers)])
+                worker_dies_at = 99
+            if workers and done >= driver_dies_at:
+                kill([driver.pid])
+                driver_dies_at = 99
+        if driver.wait() == 0:
+            break
+        assert driver.returncode == -signal.SIGKILL
+    dataset = open_dataset(tmp_path, "small")
+    assert contents(dataset) == contents(curated.dataset)
+    assert ledger(dataset, "outcome", "reason") == ledger(curated.dataset, "outcome", "reason")
+    for path in dataset.clip_files():
+        assert path.read_bytes() == (curated.path / "clips" / path.name).read_bytes()
+    assert driver_dies_at == 99
