@@ -37,6 +37,17 @@ def test_import_contracts_hold():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_front_door_is_imported_by_nobody():
+    assert not [str(path) for path in SOURCES[1:] for name, _ in imports(path) if name.split(".")[0] == "lampworks"]
+
+
+def test_the_front_door_imports_its_rooms_lazily():
+    tree = ast.parse(SOURCES[0].read_text())
+    at_once = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    at_once |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in at_once} <= set(sys.stdlib_module_names)
+
+
 HOMES = {
     "ray.data": ("pipelines",),
     "ray.train": ("pipelines",),
