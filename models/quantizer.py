@@ -185,7 +185,9 @@ class Codebook(nn.Module):
         _all_sum(self.seen_count)
         if cfg.kind != "fsq":
             _all_sum(self.seen_sum)
-            self._keep(_all_rows(self.pool), _all_rows(self.pool_rank))
+            rows, ranks = _all_rows(self.pool), _all_rows(self.pool_rank)
+            self.pool_rank, best = ranks.topk(len(self.pool_rank))  # of all ranks' rows, each once: alike everywhere
+            self.pool = rows[best]
             live = self.pool[self.pool_rank >= 0]
             if self._starting and len(live):
                 self._start(live)
