@@ -143,7 +143,7 @@ def lineage(home: Home, reference: str) -> list[Artifact]:
     while waiting:
         artifact = resolve(home, waiting.pop(0))
         found.setdefault(artifact.reference, artifact)
-        known = {p for p in artifact.parents.values() if (home.artifacts / p.split("@")[0]).is_dir()}
+        known = {p for p in artifact.parents.values() if (home.artifacts / p.replace("@", "/")).is_dir()}
         waiting += sorted(known - set(found) - set(waiting))
     return list(found.values())
 

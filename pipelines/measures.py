@@ -15,7 +15,7 @@ Ints = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 LIVE_SHARE = 0.01
 """A latent code is live when at least this share of held-out transitions is given to it."""
-MARGIN = 0.05
+MARGIN = 0.15
 """A shift must match this much (as a share of the difference) better than standing still does, to count as motion."""
 SIDE_PX = 64
 """Pictures are averaged down to about this many pixels on their shorter side before shifts are searched."""
