@@ -216,7 +216,7 @@ def demo(config: Any) -> None:
     with connect(path.cluster):
         made = walk(path)
         sys.stdout.write(_headline(home, made["evaluate"]) + f"report: {made['report']}\n")
-        _serve_demo(config, made["world"])
+        _serve_demo(config, made["world"], path.evaluate.sampler)
 
 
 def _headline(home: Any, evaluation: str) -> str:
@@ -228,14 +228,14 @@ def _headline(home: Any, evaluation: str) -> str:
     return "".join(f"{name:42} {bar['value']:6.2f} {bar['unit']} (needs {bar['bar']})\n" for name, bar in rows)
 
 
-def _serve_demo(config: Any, world: str) -> None:
-    """Serves what the demo made."""
+def _serve_demo(config: Any, world: str, sampler: Any) -> None:
+    """Serves what the demo made, drawing frames as the evaluation did."""
     from infra.config import Home
     from serving.app import serve_world
     from serving.config import ServeConfig
 
     port = config.port if config.browser else 0
-    with serve_world(ServeConfig(home=config.home, world=world, port=port)) as served:
+    with serve_world(ServeConfig(home=config.home, world=world, port=port, sampler=sampler)) as served:
         if config.browser:
             sys.stdout.write(f"play:   {served.url}   (Ctrl-C stops)\n")
             webbrowser.open(served.url)
