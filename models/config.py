@@ -267,6 +267,11 @@ class WorldConfig:
             f"dynamics.actions is {d.actions}, the latent action model has {a.codebook.size}; make them equal",
         )
         _require(
+            a.source == "pixels" or (a.vocabulary, a.rows, a.columns) == (d.vocabulary, d.rows, d.columns),
+            f"actions watches {a.rows}x{a.columns} tokens of {a.vocabulary} codes, the tokenizer makes "
+            f"{t.rows}x{t.columns} of {t.codebook.size}; make patch and vocabulary equal",
+        )
+        _require(
             (a.height_px, a.width_px) == (t.height_px, t.width_px),
             f"actions watches {a.height_px}x{a.width_px} px, the tokenizer {t.height_px}x{t.width_px}; make them equal",
         )

@@ -4,6 +4,7 @@ Statistics gather in `forward` while training and are applied once per optimizer
 processes, so that every rank holds the same codes. Dead codes are revived from live encodings.
 """
 
+from dataclasses import replace
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from models.config import CodebookConfig
 from models.noise import mix, uniform
 
 _POOL_LEAST, _POOL_MOST, _LLOYD_ROUNDS = 256, 4096, 10
+_STARTS, _FEW_CODES = 8, 64
 _KEPT = 0.9  # a code is not moved in the steps after a revival until its use was seen: see `_revive`
 
 
@@ -43,13 +45,19 @@ def _all_rows(x: Tensor) -> Tensor:
 
 
 def kmeans(points_MD: Tensor, codes: int) -> Tensor:
-    """Deterministic k-means (Lloyd) from k-means++ seeds -> centres (codes, D)."""
-    device = points_MD.device
-    chosen = [points_MD[0]]
-    nearest = torch.full((len(points_MD),), torch.inf, device=device, dtype=points_MD.dtype)
+    """Deterministic k-means -> centres (codes, D); small codebooks take the best of several starts."""
+    found = [_lloyd(points_MD, codes, seed) for seed in range(_STARTS if codes <= _FEW_CODES else 1)]
+    return min(found, key=lambda centres: float(torch.cdist(points_MD, centres).min(-1).values.square().sum()))
+
+
+def _lloyd(points_MD: Tensor, codes: int, seed: int) -> Tensor:
+    """Lloyd's rounds from k-means++ seeds."""
+    place = torch.arange(len(points_MD), device=points_MD.device)
+    chosen = [points_MD[seed % len(points_MD)]]
+    nearest = torch.full_like(points_MD[:, 0], torch.inf)
     for i in range(1, codes):
         nearest = torch.minimum(nearest, (points_MD - chosen[-1]).square().sum(-1))
-        gumbel = -torch.log(-torch.log(uniform(i, torch.arange(len(points_MD), device=device))))
+        gumbel = -torch.log(-torch.log(uniform(seed, i, place)))
         chosen.append(points_MD[(nearest.clamp_min(1e-12).log() + gumbel).argmax()])
     centres = torch.stack(chosen)
     for _ in range(_LLOYD_ROUNDS):
@@ -57,6 +65,14 @@ def kmeans(points_MD: Tensor, codes: int) -> Tensor:
         count = member.sum(0)[:, None]
         centres = torch.where(count > 0, member.T @ points_MD / count.clamp_min(1), centres)
     return centres
+
+
+def usage(codes: Tensor, size: int) -> dict[str, Tensor]:
+    """Share of `size` codes used, and the perplexity of codes int64 (...), as scalars."""
+    share = torch.bincount(codes.flatten(), minlength=size).float()
+    share = share / share.sum().clamp_min(1)
+    entropy = -(share * share.clamp_min(1e-12).log()).sum()
+    return {"codes_used": (share > 0).float().mean(), "perplexity": entropy.exp()}
 
 
 class Codebook(nn.Module):
@@ -114,9 +130,9 @@ class Codebook(nn.Module):
         if self.cfg.kind == "fsq":
             return self._round(z)
         dtype, z = z.dtype, z.to(self.codes.dtype)
+        codes = self.nearest(z)
         if self.cfg.kind == "cosine":
             z = F.normalize(z, dim=-1)
-        codes = self.nearest(z)
         if self.training:
             self._observe(z.detach(), codes, key_B)
         if self.training and self.continuous:
@@ -129,7 +145,11 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """Codes int64 (...) nearest to the encodings (..., dim)."""
+        """Codes int64 (...) of encodings (..., dim), gathering no statistics."""
+        if self.cfg.kind == "fsq":
+            return self._digits(self._bounded(z).round())
+        if self.cfg.kind == "cosine":
+            z = F.normalize(z, dim=-1)
         codes = self.codes.to(z.dtype)
         flat = z.reshape(-1, self.cfg.dim)
         return (flat @ codes.T - 0.5 * codes.square().sum(-1)).argmax(-1).view(z.shape[:-1])
@@ -145,18 +165,27 @@ class Codebook(nn.Module):
             basis *= levels
         return torch.stack(digits, dim=-1)
 
-    def _round(self, z: Tensor) -> Quantized:
-        """Finite scalar quantization: bound each feature, round it with straight-through gradient."""
+    def _bounded(self, z: Tensor) -> Tensor:
+        """Features squeezed so that they round to their levels."""
         levels = torch.tensor(self.cfg.levels, device=z.device, dtype=z.dtype)
         half, offset = (levels - 1) * 1.001 / 2, (levels % 2 == 0).to(z.dtype) / 2
-        bounded = (z + (offset / half).atanh()).tanh() * half - offset
-        rounded = bounded + (bounded.round() - bounded).detach()
+        return (z + (offset / half).atanh()).tanh() * half - offset
+
+    def _digits(self, rounded: Tensor) -> Tensor:
+        """Rounded features (..., dim) -> codes int64 (...): the features are the digits."""
+        levels = torch.tensor(self.cfg.levels, device=rounded.device)
         basis = torch.cat((levels.new_ones(1), levels[:-1].cumprod(0)))
-        codes = ((rounded.detach() + levels // 2) * basis).sum(-1).round().long()
+        return ((rounded.long() + levels // 2) * basis).sum(-1)
+
+    def _round(self, z: Tensor) -> Quantized:
+        """Finite scalar quantization: bound each feature, round it with straight-through gradient."""
+        bounded = self._bounded(z)
+        rounded = bounded + (bounded.round() - bounded).detach()
+        codes = self._digits(rounded.detach().round())
         if self.training:
             self._count(codes)
-        vectors = (bounded if self.training and self.continuous else rounded) / (levels // 2)
-        return Quantized(codes, vectors, 0.0 * z.sum())
+        half = torch.tensor(self.cfg.levels, device=z.device) // 2
+        return Quantized(codes, (bounded if self.training and self.continuous else rounded) / half, 0.0 * z.sum())
 
     @torch.no_grad()
     def _count(self, codes: Tensor) -> None:
@@ -240,7 +269,56 @@ class Codebook(nn.Module):
 
     def metrics(self, codes: Tensor) -> dict[str, Tensor]:
         """Share of codes used and perplexity of these codes int64 (...), as scalars."""
-        share = torch.bincount(codes.flatten(), minlength=self.cfg.size).float()
-        share = share / share.sum().clamp_min(1)
-        entropy = -(share * share.clamp_min(1e-12).log()).sum()
-        return {"codes_used": (share > 0).float().mean(), "perplexity": entropy.exp()}
+        return usage(codes, self.cfg.size)
+
+
+class TwoLevels(nn.Module):
+    """Coarse groups of codes, then a fine code for what is left over; code = group * fine codes + fine code."""
+
+    def __init__(self, cfg: CodebookConfig, groups: int) -> None:
+        super().__init__()
+        self.cfg, self.fine_codes = cfg, cfg.size // groups
+        self.coarse = Codebook(replace(cfg, size=groups))
+        self.fine = Codebook(replace(cfg, size=self.fine_codes))
+
+    @property
+    def continuous(self) -> bool:
+        """Whether encodings still pass unquantized."""
+        return self.fine.continuous
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """As Codebook's; the fine codes start one step later, from what the coarse ones leave over."""
+        self.coarse.begin_step(step, total_steps)
+        self.fine.begin_step(step - 1, total_steps)
+
+    def end_step(self) -> None:
+        """As Codebook's."""
+        self.coarse.end_step()
+        self.fine.end_step()
+
+    @override
+    def forward(self, z: Tensor, key_B: Tensor | None = None) -> Quantized:
+        """As Codebook's."""
+        first = self.coarse(z, key_B)
+        left = z - self.coarse.lookup(first.codes).detach()
+        second = self.fine(left, key_B)
+        vectors = z + (self.lookup(self._join(first.codes, second.codes)) - z).detach()
+        if self.training and self.continuous:
+            vectors = z
+        return Quantized(self._join(first.codes, second.codes), vectors, first.loss + second.loss)
+
+    def _join(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        return coarse * self.fine_codes + fine
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """As Codebook's."""
+        coarse = self.coarse.nearest(z)
+        return self._join(coarse, self.fine.nearest(z - self.coarse.lookup(coarse)))
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """As Codebook's."""
+        return self.coarse.lookup(codes // self.fine_codes) + self.fine.lookup(codes % self.fine_codes)
+
+    def metrics(self, codes: Tensor) -> dict[str, Tensor]:
+        """As Codebook's, over all codes."""
+        return usage(codes, self.cfg.size)

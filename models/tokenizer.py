@@ -119,14 +119,7 @@ class Tokenizer(nn.Module):
             ModelError: frames are not uint8 of this tokenizer's size.
         """
         check_frames(frames_BTHWC, self.cfg.height_px, self.cfg.width_px, "the tokenizer")
-        z = self.features(patchify(frames_BTHWC, self.cfg.patch))
-        return self._codes(z)
-
-    def _codes(self, z: Tensor) -> Tensor:
-        training, self.codebook.training = self.codebook.training, False
-        codes = self.codebook(z).codes
-        self.codebook.training = training
-        return codes
+        return self.codebook.nearest(self.features(patchify(frames_BTHWC, self.cfg.patch)))
 
     @torch.no_grad()
     def decode(self, tokens_BTN: Tensor) -> Tensor:
@@ -160,4 +153,4 @@ class Tokenizer(nn.Module):
         x = self.embed(2 * patchify(frames_SHWC[:, None], self.cfg.patch)[:, 0].to(self.embed.weight.dtype) - 1)
         if self.encoder_places is not None:
             x = x + self.encoder_places()
-        return self._codes(self.project(self.encoder.step(x, None, caches, clock)))
+        return self.codebook.nearest(self.project(self.encoder.step(x, None, caches, clock)))

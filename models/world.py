@@ -40,8 +40,8 @@ class CoTraining(nn.Module):
     @override
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of both losses for batch["frames"] uint8 (B, T, H, W, C), batch["tokens"] (B, T, N), and batch["key"]."""
-        codes, patches = self.actions.quantized(batch)
-        loss, metrics = self.actions.loss(codes, patches)
+        codes, observed = self.actions.quantized(batch)
+        loss, metrics = self.actions.loss(codes, observed)
         metrics = {f"actions/{name}": value for name, value in metrics.items()}
         if self.training and self.actions.codebook.continuous:
             loss = loss + 0.0 * sum(p.sum() for p in self.dynamics.parameters())  # every rank has every gradient
@@ -108,7 +108,7 @@ class World:
                 f"{self.frame_shape[1]}, 3)"
             )
         with torch.inference_mode():
-            tokens = self.tokenizer.encode(frames[None])[0].cpu()
+            tokens = self.tokenizer.encode(frames[None])
             actions = torch.zeros(0, dtype=torch.int64)
             if len(frames) > 1:
                 if self.actions is None:
@@ -116,8 +116,8 @@ class World:
                         f"{len(frames)} prompt frames, but this world has no latent action model to infer what "
                         "happened between them; give one frame"
                     )
-                actions = self.actions.infer(frames[None])[0].cpu()
-        return Window(tokens, actions, len(frames) - 1, seed)
+                actions = self.actions.infer(frames[None], tokens)[0].cpu()
+        return Window(tokens[0].cpu(), actions, len(frames) - 1, seed)
 
     def start(self, frames_THWC: Any, seed: int = 0, sampler: SamplerConfig | None = None) -> State:
         """Begin from 1..T prompt frames uint8; several carry motion. The sampler stays with the session."""
