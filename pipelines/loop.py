@@ -7,6 +7,8 @@ from a checkpoint goes on exactly as it would have.
 import json
 import logging
 import math
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,7 +47,8 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     if config.schedule == "cosine":
         fall = 0.5 * (1 - math.cos(math.pi * min(1.0, max(0.0, done))))
     elif config.schedule == "wsd" and config.decay_share > 0:
-        fall = min(1.0, max(0.0, (step + 1 - steps * (1 - config.decay_share)) / (steps * config.decay_share)))
+        decay = max(1.0, steps * config.decay_share)
+        fall = min(1.0, max(0.0, (step + 1 - steps + decay) / decay))
     return warm * (config.lr + (config.final_lr - config.lr) * fall)
 
 
@@ -154,6 +157,7 @@ class Loop:
             Diverged: too many steps were not finite.
         """
         step = self._resume()
+        self.journal.write(pid=os.getpid(), host=socket.gethostname(), world=self.engine.world, at=step)
         self.engine.model.train()
         if step == 0:
             self._look(0)

@@ -30,10 +30,11 @@ class Follower:
         self.step, self.final = 0, dict[str, float]()
         self._place = 0
         self._curves: dict[str, dict[int, float]] = {}
-        self._old = self.path.stat().st_size if self.path.exists() else 0
+        self._mark = folder / "followed"
+        self._old = int(self._mark.read_text()) if self._mark.exists() else 0
 
     def follow(self) -> None:
-        """Takes up the new lines; those of earlier processes are known to MLflow and are not printed again."""
+        """Takes up the new lines. Those that an earlier driver took up are only read for the curves."""
         for fields, old in self._lines():
             if "step" in fields:
                 self._metrics(fields, old)
@@ -44,6 +45,10 @@ class Follower:
                 self.run.file(Path(fields["picture"]), "pictures")
             elif "checkpoint" in fields and not old:
                 log.debug("checkpoint %d | %.2f s", fields["checkpoint"], fields["took_s"])
+        if self._place > self._old:
+            draft = self._mark.with_suffix(".tmp")
+            draft.write_text(str(self._place))
+            draft.replace(self._mark)
 
     def draw_curves(self) -> None:
         """Losses over steps, as a figure of the run."""

@@ -12,12 +12,14 @@ FEED = FeedConfig(windows_per_clip=3, clips_per_group=2)
 
 
 def source(home, **changes):
-    return Source(**{"home": home.path, "dataset": "toys@0", "split": "train", "frames": 8, "seed": 5, "feed": FEED, **changes})
+    return Source(
+        **{"home": home.path, "dataset": "toys@0", "split": "train", "frames": 8, "seed": 5, "feed": FEED, **changes}
+    )
 
 
 plans = st.builds(
-    lambda lengths, cuts, seed, group, per: (
-        Plan(lengths, [cuts] * len(lengths), 4, seed, FeedConfig(windows_per_clip=per, clips_per_group=group))
+    lambda lengths, cuts, seed, group, per: Plan(
+        lengths, [cuts] * len(lengths), 4, seed, FeedConfig(windows_per_clip=per, clips_per_group=group)
     ),
     lengths=st.lists(st.integers(4, 30), min_size=1, max_size=9),
     cuts=st.lists(st.integers(1, 29), max_size=3),
