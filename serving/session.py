@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 NO_ACTION = 255
 """What a prompt frame's message has in the place of an action."""
 RETRY_S = 0.05
-"""First pause before a step is asked for again; it doubles up to a second."""
+"""First pause before a step is asked for again; it doubles up to a quarter of a second."""
 
 T = TypeVar("T")
 StateListener = Callable[[str], Awaitable[None]]
@@ -264,7 +264,7 @@ class Sessions:
                     await on_state("resuming")
                 interrupted = True
                 await asyncio.sleep(pause_s)
-                pause_s = min(1.0, pause_s * 2)
+                pause_s = min(0.25, pause_s * 2)
 
     def _context(self, session: Session) -> Context:
         """What a replica without a cache needs to continue the session."""

@@ -2,6 +2,7 @@
 import { Link } from "./link.js";
 
 const $ = (id) => document.getElementById(id);
+const REPEAT_AFTER_MS = 300; // a shorter press is one step
 const KEYS = "123456789qwertyuiopasdfghjklzxcvbnm";
 const memory = {
   read: (name, otherwise) => JSON.parse(localStorage.getItem(`lampworks.${name}`) ?? "null") ?? otherwise,
@@ -256,7 +257,7 @@ function open(session) {
   game?.link.close();
   keep(session);
   const link = new Link(session.session, session.token, { onFrame: show, onState: state });
-  game = { ...session, link, held: null, run: false, last: 0, looking: null, times: [], frames: [], drawn: 0, sentAt: 0 };
+  game = { ...session, link, held: null, run: false, last: 0, looking: null, times: [], frames: [], drawn: 0, tickets: 0, painted: 0, sentAt: 0 };
   history.replaceState(null, "", `/#session=${session.session}`);
   $("start").hidden = true;
   $("game").hidden = false;
@@ -301,6 +302,7 @@ function drawActions() {
 function hold(action) {
   game.held = game.last = action;
   game.tapped = true;
+  game.heldAt = performance.now();
   now();
   for (const b of $("pad-actions").children) b.toggleAttribute("data-down", Number(b.dataset.action) === action);
   pump();
@@ -317,9 +319,10 @@ function pump() {
   clearTimeout(game.timer);
   const wanted = game.held ?? (game.run || game.tapped ? game.last : null);
   if (wanted === null || (!game.link.free && !game.link.asleep)) return;
-  const pace = Number($("pace").value), wait = pace ? 1000 / (game.fps * pace) - (performance.now() - game.sentAt) : 0;
-  if (wait > 1 && !game.tapped) {
-    game.timer = setTimeout(pump, wait);
+  const pace = Number($("pace").value), since = performance.now() - game.sentAt;
+  const due = Math.max(pace ? 1000 / (game.fps * pace) : 0, game.run ? 0 : game.heldAt + REPEAT_AFTER_MS - game.sentAt);
+  if (!game.tapped && due - since > 1) {
+    game.timer = setTimeout(pump, due - since);
     return;
   }
   if (game.link.act(wanted)) {
@@ -342,7 +345,10 @@ async function show(frame) {
 }
 
 async function draw(blob, step) {
+  const here = game, ticket = ++here.tickets;
   const bitmap = await createImageBitmap(blob);
+  if (game !== here || ticket < here.painted) return; // left, or a later picture was ready first
+  here.painted = ticket;
   for (const canvas of [$("canvas"), $("glow")]) canvas.getContext("2d").drawImage(bitmap, 0, 0);
   game.drawn += 1;
   $("canvas").dataset.step = step;

@@ -1,12 +1,14 @@
 """A tiny world with random weights (a real one in all but training), published as an artifact and served."""
 
 import contextlib
+import os
 import threading
 import time
 
 import cv2
 import numpy as np
 import pytest
+import ray
 import torch
 import uvicorn
 
@@ -24,6 +26,7 @@ from models.config import (
 from models.dynamics import Dynamics
 from models.tokenizer import Tokenizer
 from models.world import World
+from serving.app import serve_world
 from serving.config import ServeConfig
 from serving.engine import Engine
 from serving.gateway import Gateway
@@ -31,6 +34,7 @@ from serving.store import SqliteStore
 
 SIZE, ACTIONS, FRAMES = 32, 5, 6
 SAMPLER = SamplerConfig(steps=2)
+MODEL, GATEWAY = "world-toy-v1", "gateway"
 
 
 def tiny_world():
@@ -114,3 +118,22 @@ def local(served_home, engine, tmp_path_factory):
     """URL of a gateway with default settings."""
     with gateway_of(served_home, engine, tmp_path_factory.mktemp("local") / "sessions.db") as url:
         yield url
+
+
+@pytest.fixture(scope="package")
+def served(served_home, ray_cluster):
+    """The world on Ray Serve: two gateways, two model replicas."""
+    config = ServeConfig(home=served_home.path, world="toy", port=0, gateways=2, replicas=2, slots=4, sampler=SAMPLER)
+    with serve_world(config) as served:
+        yield served
+
+
+def replicas(deployment):
+    """Process ids of a deployment's replicas."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    names = [a["name"] for a in actors if f"#{deployment}#" in a["name"]]
+    found = []
+    for name in names:
+        actor = ray.get_actor(name, namespace="serve")
+        found.append(ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=20))
+    return found

@@ -1,37 +1,26 @@
 """The whole application on Ray Serve: two tiers, and what is left when a process of one is killed."""
 
+import asyncio
+import logging
 import os
+import signal
 import socket
+import threading
+import time
 
 import httpx
 import numpy as np
 import pytest
-import ray
 
-from infra.config import UserError
+from infra.config import Home, UserError
 from serving.app import serve_world
-from serving.client import WorldClient
+from serving.client import AsyncPlayer, WorldClient
 from serving.config import ServeConfig
 from serving.pictures import decode_jpeg, encode_jpeg
-from tests.serving.conftest import SAMPLER, SIZE, picture
+from serving.store import SqliteStore
+from tests.serving.conftest import ACTIONS, GATEWAY, MODEL, SAMPLER, SIZE, picture, replicas
 
-
-@pytest.fixture(scope="module")
-def served(served_home, ray_cluster):
-    config = ServeConfig(home=served_home.path, world="toy", port=0, gateways=2, replicas=2, slots=4, sampler=SAMPLER)
-    with serve_world(config) as served:
-        yield served
-
-
-def replicas(deployment):
-    """Process ids of a deployment's replicas."""
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    names = [a["name"] for a in actors if f"#{deployment}#" in a["name"]]
-    found = []
-    for name in names:
-        actor = ray.get_actor(name, namespace="serve")
-        found.append(ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=20))
-    return found
+log = logging.getLogger(__name__)
 
 
 def uninterrupted(world, prompt, seed, actions):
@@ -69,3 +58,66 @@ def test_a_taken_port_and_a_missing_world_are_one_clear_sentence(served_home):
             serve_world(ServeConfig(home=served_home.path, world="toy", port=port))
     with pytest.raises(UserError, match="did you mean toy"):
         serve_world(ServeConfig(home=served_home.path, world="toi", port=0))
+
+
+async def play_through(url, sessions, steps):
+    """Plays sessions at once; for each what the player saw, and how often it had to reconnect."""
+
+    async def one(number):
+        acts = np.random.default_rng(number).integers(0, ACTIONS, steps).tolist()
+        player = await AsyncPlayer.create(url, picture(number, SIZE, SIZE), seed=number)
+        seen, slowest = [], 0.0
+        for act in acts:
+            began = time.perf_counter()
+            seen.append(await player.step(act))
+            slowest = max(slowest, time.perf_counter() - began)
+        await player.close()
+        return player, acts, seen, slowest
+
+    return await asyncio.gather(*(one(n) for n in sessions))
+
+
+class Kills(threading.Thread):
+    """kill -9 of one replica after another, at random times."""
+
+    def __init__(self, seed, victims):
+        super().__init__()
+        self.rng, self.victims, self.killed = np.random.default_rng(seed), victims, []
+
+    def run(self):
+        for deployment in self.victims:
+            time.sleep(self.rng.uniform(0.5, 1.5))
+            pid = int(self.rng.choice(replicas(deployment)))
+            os.kill(pid, signal.SIGKILL)
+            self.killed.append(deployment)
+
+
+def check_kills(served, world, seed, sessions, steps, victims):
+    kills = Kills(seed, victims)
+    kills.start()
+    played = asyncio.run(play_through(served.url, sessions, steps))
+    kills.join()
+    assert kills.killed == victims, "every kill happened while they played"
+    store = SqliteStore(Home(served.config.home).sessions_db)
+    for number, (player, acts, seen, slowest) in zip(sessions, played, strict=True):
+        rows = list(store.rows(player.id, 0, 10**9))
+        assert [r.step for r in rows] == list(range(steps + 1)), "every step exactly once"
+        assert [r.action for r in rows[1:]] == acts
+        want = uninterrupted(world, picture(number, SIZE, SIZE), number, acts)
+        assert all(np.array_equal(a, b) for a, b in zip(seen, want, strict=True)), "frames as if nothing had happened"
+        assert all(np.array_equal(decode_jpeg(r.jpeg), b) for r, b in zip(rows[1:], want, strict=True))
+        log.info("session %s | reconnects %d | longest stall %.2f s", player.id, player.reconnects, slowest)
+    store.close()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_replicas_cost_no_step(served, world, seed):
+    """The journal's process is the gateway itself, so killing gateways also kills writers of the journal mid-commit."""
+    victims = [GATEWAY, MODEL] if seed % 2 else [MODEL, GATEWAY]
+    check_kills(served, world, seed, range(10 * seed, 10 * seed + 4), 150, victims)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_replicas_cost_no_step_in_the_long_run(served, world, seed):
+    check_kills(served, world, seed, range(100 + 10 * seed, 108 + 10 * seed), 600, [MODEL, GATEWAY, MODEL, GATEWAY])

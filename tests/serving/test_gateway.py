@@ -17,7 +17,6 @@ from serving.protocol import Flag, FrameMessage, pack_step
 from tests.serving.conftest import ACTIONS, SIZE, gateway_of, picture
 from tests.serving.test_pictures import encoded, png
 
-
 JSON = {"content-type": "application/json"}
 
 

@@ -1,12 +1,17 @@
 """The player page in real Chromium."""
 
 import hashlib
+import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from tests.serving.conftest import ACTIONS, SIZE
+from serving.client import WorldClient
+from tests.serving.conftest import ACTIONS, GATEWAY, SIZE, picture, replicas
+from tests.serving.test_pictures import encoded
 
 CHROMIUM = "/usr/bin/chromium"
 SWITCHES = [
@@ -19,6 +24,7 @@ DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def chromium():
+    expect.set_options(timeout=20000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
         yield browser
@@ -30,7 +36,7 @@ def page(chromium, request):
     """A page at desktop size that fails its test on any script error, and leaves a screenshot when the test failed."""
     context = chromium.new_context(viewport=getattr(request, "param", DESKTOP), permissions=["clipboard-write"])
     page = context.new_page()
-    page.set_default_timeout(15000)
+    page.set_default_timeout(20000)
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     failed = request.session.testsfailed
@@ -82,3 +88,160 @@ def test_thirty_presses_draw_thirty_frames(page, local):
     assert float(page.locator("#rtt").inner_text()) > 0
     assert page.locator("#fact-seed").inner_text() == "7"
     assert page.locator("#fact-model").inner_text() == "toy@v1"
+
+
+def test_a_killed_gateway_costs_the_page_no_step(page, served):
+    start(page, served.url)
+    press(page, "1", 1)
+    for pid in replicas(GATEWAY):
+        os.kill(pid, signal.SIGKILL)
+    expect(page.locator("#state")).to_have_attribute("data-state", "resuming")
+    expect(page.locator("#state")).to_have_attribute("data-state", "live", timeout=40000)
+    for step in range(2, 6):
+        press(page, "3", step)
+    session, token = page.evaluate(
+        "() => JSON.parse(localStorage['lampworks.sessions']).map(s => [s.session, s.token])"
+    )[0]
+    with WorldClient(served.url) as client:
+        assert client.resume(session, token).history()["history"] == [-1, 0, 2, 2, 2, 2]
+
+
+def test_a_held_key_repeats_at_the_recorded_pace(page, local):
+    start(page, local)
+    page.keyboard.down("2")
+    page.wait_for_timeout(2000)
+    page.keyboard.up("2")
+    held = int(page.locator("#canvas").get_attribute("data-step"))
+    assert 10 <= held <= 22, "the world runs at 10 frames a second"
+    page.wait_for_timeout(400)
+    assert int(page.locator("#canvas").get_attribute("data-step")) <= held + 1, "and stops with the key"
+    page.keyboard.press(" ")
+    expect(page.locator("#run")).to_have_attribute("aria-pressed", "true")
+    page.wait_for_timeout(800)
+    page.keyboard.press(" ")
+    page.wait_for_timeout(300)
+    ran = int(page.locator("#canvas").get_attribute("data-step"))
+    assert ran > held + 2
+    press(page, ".", ran + 1)
+
+
+def test_looking_back_forking_and_coming_back(page, local):
+    start(page, local)
+    for step in range(1, 7):
+        press(page, str(step % ACTIONS + 1), step)
+    sixth = drawn(page)
+    for step in (5, 4, 3):
+        page.keyboard.press("ArrowLeft")
+        expect(page.locator("#canvas")).to_have_attribute("data-step", str(step))
+    expect(page.locator("#past")).to_be_visible()
+    third = drawn(page)
+    assert third != sixth
+    page.keyboard.press("Escape")
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "6")
+    assert drawn(page) == sixth
+    page.locator("#scrub").fill("3")
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "3")
+    parent = page.locator("#fact-session").inner_text()
+    page.keyboard.press("Escape")
+    page.locator("#scrub").fill("3")
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "3")
+    page.get_by_role("button", name="Fork here").click()
+    expect(page.locator("#fact-session")).not_to_have_text(parent)
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "3")
+    assert drawn(page) == third
+    page.locator("#canvas").focus()
+    for step in (4, 5, 6):
+        press(page, str(step % ACTIONS + 1), step)
+    with WorldClient(local) as client:
+        kept = page.evaluate("() => JSON.parse(localStorage['lampworks.sessions'])")
+        assert len({tuple(client.resume(k["session"], k["token"]).history()["history"]) for k in kept}) == 1
+    assert drawn(page) == sixth, "the same actions lead to the same frame"
+    page.get_by_role("button", name="New world").click()
+    page.locator("#recent-list button").nth(1).click()
+    expect(page.locator("#fact-session")).to_have_text(parent)
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "6")
+
+
+def test_a_link_carries_the_session_to_another_browser(page, chromium, local):
+    start(page, local)
+    press(page, "4", 1)
+    mine = drawn(page)
+    page.evaluate("() => { navigator.clipboard.writeText = async (text) => { window.copied = text; }; }")
+    page.get_by_role("button", name="Copy link").click()
+    link = page.evaluate("() => window.copied")
+    assert re.fullmatch(re.escape(local) + r"/#session=[0-9a-f]{16}&token=[\w-]{43}", link)
+    other = chromium.new_page()
+    other.goto(link)
+    expect(other.locator("#canvas")).to_have_attribute("data-step", "1")
+    assert drawn(other) == mine
+    assert "token" not in other.url
+    press(other, "1", 2)
+    page.keyboard.press("1")
+    expect(page.locator("#veil-text")).to_contain_text("opened somewhere else")
+    page.get_by_role("button", name="Play here").click()
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "2")
+    other.close()
+
+
+def test_video_and_replay(page, local):
+    start(page, local)
+    for step in range(1, 4):
+        press(page, "2", step)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save video").click()
+    assert Path(download.value.path()).read_bytes()[4:8] == b"ftyp"
+    page.get_by_role("button", name="Check replay").click()
+    expect(page.locator("#toast")).to_have_text("All 3 steps came out the same, token by token.")
+
+
+def test_a_picture_may_be_uploaded_or_drawn(page, local, tmp_path):
+    (tmp_path / "mine.png").write_bytes(encoded(picture(8)))
+    page.goto(local)
+    page.get_by_role("tab", name="Upload or paste").click()
+    page.locator("#file").set_input_files(tmp_path / "mine.png")
+    page.get_by_role("button", name="Play", exact=True).click()
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "0")
+    uploaded = drawn(page)
+    page.get_by_role("button", name="New world").click()
+    page.get_by_role("tab", name="Draw").click()
+    box = page.locator("#pad").bounding_box()
+    page.mouse.move(box["x"] + 40, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 200, box["y"] + 120, steps=4)
+    page.mouse.up()
+    page.get_by_role("button", name="Play", exact=True).click()
+    expect(page.locator("#game")).to_be_visible()
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "0")
+    assert drawn(page) != uploaded
+    page.get_by_role("button", name="New world").click()
+    (tmp_path / "not.png").write_bytes(b"no picture")
+    page.get_by_role("tab", name="Upload or paste").click()
+    page.locator("#file").set_input_files(tmp_path / "not.png")
+    expect(page.locator("#launch-error")).to_contain_text("Choose a PNG, JPEG or WebP")
+
+
+@pytest.mark.parametrize("page", [DESKTOP, PHONE], indirect=True, ids=["desktop", "phone"])
+def test_the_page_fits_the_screen_and_plays_without_a_mouse(page, local):
+    page.goto(local)
+    wide = "() => document.documentElement.scrollWidth - innerWidth"
+    page.get_by_role("radio", name="Picture 1").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("radio", name="Picture 2")).to_be_focused()
+    expect(page.get_by_role("radio", name="Picture 2")).to_be_checked()
+    assert page.evaluate(wide) <= 0
+    page.locator("#play").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "0")
+    expect(page.locator("#canvas")).to_be_focused()
+    press(page, "1", 1)
+    page.locator("#pad-actions button").nth(2).focus()
+    press(page, "Enter", 2)
+    assert page.evaluate(wide) <= 0
+    for control in ("#canvas", "#pad-actions", "#scrub"):
+        box = page.locator(control).bounding_box()
+        assert box["y"] + box["height"] <= page.viewport_size["height"], f"{control} is in sight without scrolling"
+    page.keyboard.press("Shift+Tab")
+    page.get_by_role("button", name="Help and keys").press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).not_to_be_visible()
