@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from models.sampler import Window
 from models.world import World
 from pipelines import figures
 from pipelines.config import EvaluateConfig
+from pipelines.figures import Line, line_chart
 from pipelines.measures import (
     DIRECTIONS,
     Clips,
@@ -90,13 +92,35 @@ def control(findings: Findings, world: World, clips: Clips, config: EvaluateConf
         }
     findings.metrics["rollout_psnr_db"] = float(quality["inferred"].mean())
     findings.metrics["repeat_psnr_db"] = float(repeat.mean())
-    findings.tables["control"] = {
+    table = findings.tables["control"] = {
         "t": at + 1,
         "curves": {arm: [interval(d, config.seed) for d in by_clip.T] for arm, by_clip in delta.items()},
         "rollout": {arm: q.mean(0).tolist() for arm, q in {**quality, "repeat": repeat}.items()},
     }
-    rows = [np.concatenate([prompt[i], f[i]]) for i in np.flatnonzero(moving)[:3] for f in (truth, made[0], made[1])]
-    findings.pictures["rollouts"] = figures.sheet(rows)
+    findings.charts |= _charts(table)
+    shown = np.flatnonzero(moving)[:3]
+    rows = {"truth": truth, "inferred actions": made[0], "shuffled actions": made[1]}
+    findings.add_sheet("rollouts", {n: np.concatenate([prompt[shown], f[shown]], axis=1) for n, f in rows.items()})
+
+
+def _charts(control: dict[str, Any]) -> dict[str, str]:
+    """Delta-PSNR with its intervals, and the quality of rollouts, over generated frames."""
+    steps = range(1, len(control["rollout"]["inferred"]) + 1)
+    against = {"permuted": "against shuffled", "uniform": "against random"}
+    deltas = [
+        Line(label=against[arm], x=steps, y=[c["mean"] for c in curve], tone=tone,
+             band=([c["low"] for c in curve], [c["high"] for c in curve]))
+        for tone, (arm, curve) in enumerate(control["curves"].items())
+    ]  # fmt: skip
+    names = {"inferred": "inferred", "permuted": "shuffled", "repeat": "first frame kept"}
+    quality = [
+        Line(label=name, x=steps, y=control["rollout"][arm], tone=tone, dashed=arm == "repeat")
+        for tone, (arm, name) in enumerate(names.items())
+    ]
+    return {
+        "dpsnr": line_chart(deltas, x_label="generated frame", y_label="ΔPSNR (dB)", zero=True, whole=True),
+        "rollouts": line_chart(quality, x_label="generated frame", y_label="PSNR (dB)", whole=True),
+    }
 
 
 def _arms(clips: Clips, count: int, seed: int) -> dict[str, Ints]:

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 Frames = NDArray[np.uint8]
 """(T, H, W, 3) RGB."""
 
-WIDTH, HEIGHT = 560, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 42
+SIZE, SMALL = (440, 250), (340, 190)
+"""Width and height of charts in user units; text is 12 units high in both."""
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 40
+LEGEND = 22
 FALLBACK = ("#c26a00", "#2b6cb0", "#7a7f87", "#2f855a", "#9b2c6f")
 MOST_POINTS = 240
 
@@ -50,7 +52,7 @@ def strip(frames: Frames, gap_px: int = 0) -> Frames:
     return picture[:, : picture.shape[1] - gap_px]
 
 
-def sheet(rows: Sequence[Frames], gap_px: int = 3, least_px: int = 64) -> Frames:
+def sheet(rows: Sequence[Frames], gap_px: int = 3, least_px: int = 96) -> Frames:
     """A contact sheet (H, W, 3): one strip a row, enlarged, all rows of one length."""
     strips = [strip(enlarge(row, least_px), gap_px) for row in rows]
     wide = max(s.shape[1] for s in strips)
@@ -71,7 +73,15 @@ def data_uri(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, zero: bool = False, whole: bool = False) -> str:
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    zero: bool = False,
+    whole: bool = False,
+    size: tuple[int, int] = SIZE,
+) -> str:
     """Curves over one pair of axes as SVG text.
 
     Args:
@@ -80,27 +90,27 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, zero: bool 
         y_label: what the vertical axis measures, with its unit.
         zero: draw a line at zero and have it in range.
         whole: ticks at whole numbers only on the horizontal axis.
+        size: `SIZE` or `SMALL`.
     """
     lines = [_thin(line) for line in lines]
     xs = [x for line in lines for x in line.x]
     ys = [y for line in lines for part in (line.y, *(line.band or ())) for y in part]
-    axes = _Axes.around(xs, [*ys, 0.0] if zero else ys, whole)
-    marks = [axes.frame(x_label, y_label, zero)]
-    marks += [_curve(axes, line) for line in lines]
-    return _svg(y_label, "".join(marks) + _legend(lines))
+    axes = _Axes.around(xs, [*ys, 0.0] if zero else ys, whole, size, TOP + LEGEND * (len(lines) > 1))
+    curves = "".join(_curve(axes, line) for line in lines)
+    return _svg(y_label or x_label, axes.frame(x_label, y_label, zero) + curves + _legend(lines), size)
 
 
-def histogram(values: Sequence[float], *, label: str, bins: int = 24, tone: int = 0) -> str:
+def histogram(values: Sequence[float], *, label: str, bins: int = 24, size: tuple[int, int] = SMALL) -> str:
     """How often each value occurs, as SVG text."""
     finite = np.asarray([v for v in values if math.isfinite(v)] or [0.0])
     counts, edges = np.histogram(finite, bins=bins)
-    axes = _Axes.around(edges.tolist(), [0.0, float(counts.max())], False)
+    axes = _Axes.around(edges.tolist(), [0.0, float(counts.max())], False, size, TOP)
     bars = [
         f'<rect x="{axes.x(a):.1f}" y="{axes.y(n):.1f}" width="{max(axes.x(b) - axes.x(a) - 1, 1):.1f}"'
-        f' height="{axes.y(0) - axes.y(n):.1f}" fill="{_colour(tone)}"><title>{a:.3g} to {b:.3g}: {n}</title></rect>'
+        f' height="{axes.y(0) - axes.y(n):.1f}" fill="{_colour(0)}"><title>{a:.3g} to {b:.3g}: {n}</title></rect>'
         for n, a, b in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
     ]
-    return _svg(label, axes.frame(label, "", False) + "".join(bars))
+    return _svg(label, axes.frame(label, "", False) + "".join(bars), size)
 
 
 @dataclass(frozen=True)
@@ -109,45 +119,53 @@ class _Axes:
 
     x0: float
     x1: float
-    y0: float
-    y1: float
     x_ticks: list[float]
     y_ticks: list[float]
+    size: tuple[int, int]
+    top: int
 
     @classmethod
-    def around(cls, xs: Sequence[float], ys: Sequence[float], whole: bool) -> "_Axes":
+    def around(cls, xs: Sequence[float], ys: Sequence[float], whole: bool, size: tuple[int, int], top: int) -> "_Axes":
         """Axes that hold all points, with ticks at round values."""
         xs, ys = [x for x in xs if math.isfinite(x)] or [0.0], [y for y in ys if math.isfinite(y)] or [0.0]
-        y_ticks = _ticks(min(ys), max(ys), 5)
         x0, x1 = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-        x_ticks = [t for t in _ticks(x0, x1, 7) if x0 <= t <= x1 and not (whole and t % 1)]
-        return cls(x0, x1, y_ticks[0], y_ticks[-1], x_ticks, y_ticks)
+        x_ticks = [t for t in _ticks(x0, x1, size[0] // 80) if x0 <= t <= x1 and not (whole and t % 1)]
+        return cls(x0, x1, x_ticks, _ticks(min(ys), max(ys), size[1] // 55), size, top)
+
+    @property
+    def right(self) -> int:
+        return self.size[0] - RIGHT
+
+    @property
+    def bottom(self) -> int:
+        return self.size[1] - BOTTOM
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (self.right - LEFT)
 
     def y(self, value: float) -> float:
-        return TOP + (self.y1 - value) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return self.top + (high - value) / (high - low) * (self.bottom - self.top)
 
     def frame(self, x_label: str, y_label: str, zero: bool) -> str:
         """Grid, ticks and labels."""
         ink, line = "var(--muted,#666)", "var(--line,#ddd)"
         parts = [
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.y(t):.1f}" y2="{self.y(t):.1f}" stroke="{line}"/>'
+            f'<line x1="{LEFT}" x2="{self.right}" y1="{self.y(t):.1f}" y2="{self.y(t):.1f}" stroke="{line}"/>'
             f'<text x="{LEFT - 8}" y="{self.y(t) + 4:.1f}" text-anchor="end" fill="{ink}">{_short(t)}</text>'
             for t in self.y_ticks
         ]
         parts += [
-            f'<text x="{self.x(t):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle" fill="{ink}">{_short(t)}</text>'
+            f'<text x="{self.x(t):.1f}" y="{self.bottom + 18}" text-anchor="middle" fill="{ink}">{_short(t)}</text>'
             for t in self.x_ticks
         ]
         if zero:
             y = f"{self.y(0):.1f}"
-            parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="var(--ink,#222)"/>')
+            parts.append(f'<line x1="{LEFT}" x2="{self.right}" y1="{y}" y2="{y}" stroke="var(--ink,#222)"/>')
         parts.append(
-            f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle" fill="{ink}">'
+            f'<text x="{(LEFT + self.right) / 2}" y="{self.size[1] - 5}" text-anchor="middle" fill="{ink}">'
             f"{escape(x_label)}</text>"
-            f'<text transform="translate(13 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle"'
+            f'<text transform="translate(11 {(self.top + self.bottom) / 2}) rotate(-90)" text-anchor="middle"'
             f' fill="{ink}">{escape(y_label)}</text>'
         )
         return "".join(parts)
@@ -174,16 +192,14 @@ def _curve(axes: _Axes, line: Line) -> str:
 
 
 def _legend(lines: Sequence[Line]) -> str:
-    """Names of the curves, in the upper right corner where there are several."""
-    return "".join(_legend_entry(line, TOP + 8 + 17 * i) for i, line in enumerate(lines) if len(lines) > 1)
-
-
-def _legend_entry(line: Line, y_px: int) -> str:
-    end = WIDTH - RIGHT
-    return (
-        f'<line x1="{end - 22}" x2="{end}" y1="{y_px}" y2="{y_px}" stroke="{_colour(line.tone)}" stroke-width="3"'
-        f'{_dash(line)}/><text x="{end - 28}" y="{y_px + 4}" text-anchor="end" fill="var(--ink,#222)"'
-        f' paint-order="stroke" stroke="var(--paper,#fff)" stroke-width="4">{escape(line.label)}</text>'
+    """Names of the curves in a row on top, where there are several."""
+    if len(lines) < 2:
+        return ""
+    starts = np.cumsum([LEFT, *(40 + 6.4 * len(line.label) for line in lines)]).tolist()
+    return "".join(
+        f'<line x1="{x:.0f}" x2="{x + 20:.0f}" y1="{TOP}" y2="{TOP}" stroke="{_colour(line.tone)}" stroke-width="3"'
+        f'{_dash(line)}/><text x="{x + 26:.0f}" y="{TOP + 4}" fill="var(--ink,#222)">{escape(line.label)}</text>'
+        for x, line in zip(starts, lines, strict=False)
     )
 
 
@@ -191,9 +207,9 @@ def _dash(line: Line) -> str:
     return ' stroke-dasharray="5 4"' if line.dashed else ""
 
 
-def _svg(title: str, body: str) -> str:
+def _svg(title: str, body: str, size: tuple[int, int]) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-size="12"'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" role="img" font-size="12"'
         f' font-family="system-ui, sans-serif" aria-label="{escape(title)}">{body}</svg>'
     )
 

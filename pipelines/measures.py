@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.metrics import bootstrap, nmi, psnr
+from pipelines import figures
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -46,6 +47,15 @@ class Findings:
     """Curves and counts behind the metrics, as plain JSON values."""
     pictures: dict[str, Pixels] = field(default_factory=dict)
     """File name (without .png) -> RGB picture."""
+    charts: dict[str, str] = field(default_factory=dict)
+    """File name (without .svg) -> SVG text."""
+
+    def add_sheet(self, name: str, rows: dict[str, Pixels]) -> None:
+        """A contact sheet of clips (n, T, H, W, 3): for each clip a row of each kind, the kinds' names in `tables`."""
+        kinds = list(rows)
+        clips = len(rows[kinds[0]])
+        self.pictures[name] = figures.sheet([rows[kind][i] for i in range(clips) for kind in kinds])
+        self.tables.setdefault("rows", {})[name] = kinds * clips
 
 
 def frame_psnr(truth: Pixels, made: Pixels) -> Floats:

@@ -40,11 +40,10 @@ def note(text: str) -> str:
 
 def card(title: str, figure: str, unit: str, passed: bool, paragraphs: Sequence[str]) -> str:
     """A headline number with its verdict and what it means."""
-    verdict = ("pass", "reached") if passed else ("miss", "missed")
-    mark = '<span class="mark {}">{}</span>'.format(*verdict)
-    said = "".join(f"<p>{escape(p)}</p>" for p in paragraphs)
+    verdict = '<span class="mark pass">reached</span>' if passed else '<span class="mark miss">missed</span>'
+    said = "".join(f"<p>{escape(p)}</p>" for p in paragraphs if p)
     return (
-        f'<div class="card"><h3>{escape(title)}{mark}</h3><div class="figure">{escape(figure)} '
+        f'<div class="card">{verdict}<h3>{escape(title)}</h3><div class="figure">{escape(figure)} '
         f"<small>{escape(unit)}</small></div>{said}</div>"
     )
 
@@ -60,13 +59,23 @@ def figure(inside: str, caption: str = "") -> str:
     return f"<figure>{inside}{below}</figure>"
 
 
-def picture(path: Path, caption: str) -> str:
-    """A PNG file, its pixels kept sharp."""
-    return figure(f'<img class="pixels" src="{data_uri(path.read_bytes())}" alt="{escape(caption)}">', caption)
+def chart(path: Path, caption: str) -> str:
+    """An SVG file, put into the page so that it follows the page's colours."""
+    return figure(path.read_text(encoding="utf-8"), caption)
+
+
+def picture(path: Path, caption: str, rows: Sequence[str], columns: int) -> str:
+    """A PNG file that is a grid of frames, its pixels kept sharp, its rows named."""
+    names = "".join(f"<span>{escape(name)}</span>" for name in rows)
+    image = (
+        f'<img class="pixels" style="max-width:{columns * 6.2:g}rem" src="{data_uri(path.read_bytes())}" '
+        f'alt="{escape(caption)}">'
+    )
+    return figure(f'<div class="rows"><div class="names">{names}</div>{image}</div>', caption)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose columns after the first are numbers."""
+    """A table, the first column words, the others figures."""
     top = "".join(f'<th class="{"n" if i else ""}">{escape(h)}</th>' for i, h in enumerate(head))
     body = "".join(
         "<tr>" + "".join(f'<td class="{"n" if i else ""}">{escape(c)}</td>' for i, c in enumerate(row)) + "</tr>"

@@ -19,7 +19,7 @@ from infra.config import Home
 from infra.tracking import history
 from pipelines import page
 from pipelines.config import ReportConfig
-from pipelines.figures import Line, data_uri, histogram, line_chart
+from pipelines.figures import SMALL, Line, data_uri, histogram, line_chart
 from pipelines.shards import KEPT, Dataset, open_dataset
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 Curves = dict[str, list[tuple[int, float]]]
 """metric -> (step, value)"""
 FRAME_S = 0.16
+TELLING = {"loss", "psnr", "gain_db", "accuracy", "perplexity", "codes_used"}
+"""Curves that are shown at once; the others unfold."""
 MEANING = {
     "Pictures survive tokens": "Held-out frames turned into tokens and back, against the originals. From about 30 dB "
     "small sprites stay readable.",
@@ -34,9 +36,9 @@ MEANING = {
     "that explains everything would give 1.",
     "Latent actions mean something": "Agreement of a discovered button with what was really pressed, or seen to move: "
     "0 is none, 1 is perfect.",
-    "Actions steer (live codes)": "Some frames after one start picture: how much nearer to what happened the world "
+    "Random actions do worse": "Some frames after one start picture: how much nearer to what happened the world "
     "stays with the inferred actions than with random ones.",
-    "Actions steer (as often as in play)": "The same against actions shuffled between clips, each as frequent as in "
+    "Shuffled actions do worse": "The same against actions shuffled between clips, each as frequent as in "
     "play. A world that ignores its actions gets exactly 0.",
 }
 SIGNALS = {
@@ -63,11 +65,11 @@ def report(config: ReportConfig) -> Path:
         ("glance", "At a glance", _glance(tables)),
         ("actions", "What each action does", _actions(evaluation, tables)),
         ("control", "Do actions steer?", _control(evaluation, tables)),
-        ("meaning", "What the actions mean", _meaning(evaluation.metrics, tables)),
-        ("tokens", "Pictures and tokens", _tokens(evaluation, tables)),
-        ("data", "The footage", _data(dataset, config.pictures)),
+        ("meaning", "What actions mean", _meaning(evaluation.metrics, tables)),
+        ("tokens", "Pictures", _tokens(evaluation, tables)),
+        ("data", "Footage", _data(dataset, config.pictures)),
         ("training", "Training", _training(curves)),
-        ("lineage", "Where it comes from", _lineage(made_from, dataset)),
+        ("lineage", "Lineage", _lineage(made_from, dataset)),
     ]
     footer = f"{evaluation.reference}, made {evaluation.created}. This file is complete: it loads nothing."
     text = page.document(evaluation.parents["world"], _header(evaluation, tables), sections, escape(footer))
@@ -99,7 +101,7 @@ def _glance(tables: dict[str, Any]) -> str:
             f"{bar['value']:.2f}",
             bar["unit"],
             bar["passed"],
-            [MEANING.get(bar["name"], ""), f"Bar: {bar['bar']}."],
+            [bar["note"], MEANING.get(bar["name"], ""), f"Bar: {bar['bar']}."],
         )
         for bar in tables["bars"]
     )
@@ -128,7 +130,7 @@ def _action_row(evaluation: Artifact, held: dict[str, Any], tables: dict[str, An
         f'<img src="{picture}" alt="" style="animation:play {frames * FRAME_S:.2f}s steps({frames}) infinite"></div>'
         f'<div><b>Action {action}</b><div class="what">{_words(held)}</div><div class="note">{motion}</div>'
         f'<div class="meter"><i style="width:{share:.1%}"></i></div><div class="note">{share:.0%} of held-out steps'
-        f'</div></div><div class="strip"><img class="pixels" src="{picture}" '
+        f'</div></div><div class="strip"><img class="pixels" style="max-width:{frames * 6}rem" src="{picture}" '
         f'alt="Action {action} held for {frames - 1} frames"></div></div>'
     )
 
@@ -147,16 +149,6 @@ def _words(held: dict[str, Any]) -> str:
 def _control(evaluation: Artifact, tables: dict[str, Any]) -> str:
     """Delta-PSNR over t, rollouts against the truth."""
     control, m = tables["control"], evaluation.metrics
-    steps = list(range(1, len(control["rollout"]["inferred"]) + 1))
-    against = {"permuted": "against shuffled actions", "uniform": "against random live actions"}
-    deltas = [_interval_line(against[k], steps, v, tone) for tone, (k, v) in enumerate(control["curves"].items())]
-    arms = {"inferred": "inferred actions", "permuted": "shuffled actions", "repeat": "first frame repeated"}
-    quality = [
-        Line(label=label, x=steps, y=control["rollout"][arm], tone=tone, dashed=arm == "repeat")
-        for tone, (arm, label) in enumerate(arms.items())
-    ]
-    delta_chart = line_chart(deltas, x_label="generated frame", y_label="ΔPSNR (dB)", zero=True, whole=True)
-    quality_chart = line_chart(quality, x_label="generated frame", y_label="PSNR (dB)", whole=True)
     at = f"frame {control['t']}"
     readings = {
         f"{at}, actions shuffled between clips": "dpsnr",
@@ -175,23 +167,19 @@ def _control(evaluation: Artifact, tables: dict[str, Any]) -> str:
         )
         + page.cards(
             [
-                page.figure(delta_chart, "Mean over clips; the shade is the 95% interval (paired bootstrap)."),
-                page.figure(quality_chart, "How long rollouts stay with the truth."),
+                page.chart(evaluation.path / "dpsnr.svg", "Mean over clips; the shade is the 95% interval."),
+                page.chart(evaluation.path / "rollouts.svg", "How long rollouts stay with the truth."),
             ],
             "pair",
         )
         + page.table(("ΔPSNR", "mean", "95% interval"), rows)
         + page.picture(
             evaluation.path / "rollouts.png",
-            "Three clips, three rows each: the truth, rolled out with the inferred actions, rolled out with shuffled "
-            "actions. The first column is the only frame given.",
+            "Held-out clips. The first column is the only frame given; the worlds' rows share their random numbers.",
+            tables["rows"]["rollouts"],
+            tables["clips"]["frames"],
         )
     )
-
-
-def _interval_line(label: str, steps: Sequence[int], curve: list[dict[str, float]], tone: int) -> Line:
-    band = ([c["low"] for c in curve], [c["high"] for c in curve])
-    return Line(label=label, x=steps, y=[c["mean"] for c in curve], band=band, tone=tone)
 
 
 def _meaning(metrics: dict[str, float], tables: dict[str, Any]) -> str:
@@ -204,7 +192,7 @@ def _meaning(metrics: dict[str, float], tables: dict[str, Any]) -> str:
     actions = tables["actions"]
     check = ""
     if "alignment" in actions:
-        said = ", ".join(f"{value:.2f} at {int(lag):+d}" for lag, value in actions["alignment"].items())
+        said = ", ".join(f"{value:.2f} at {lag}" for lag, value in actions["alignment"].items())
         check = page.note(f"Alignment check, agreement with the keys moved by a frame: {said}; 0 is the right place.")
     return (
         page.lead(
@@ -236,7 +224,12 @@ def _tokens(evaluation: Artifact, tables: dict[str, Any]) -> str:
     return (
         page.lead("The tokenizer squeezes each frame into a few numbers, and the world thinks in those alone.")
         + page.table(("On held-out clips", "", ""), rows)
-        + page.picture(evaluation.path / "reconstructions.png", "Above the original, below its way to tokens and back.")
+        + page.picture(
+            evaluation.path / "reconstructions.png",
+            "Held-out clips, and what is left of them in tokens.",
+            tables["rows"]["reconstructions"],
+            tables["clips"]["frames"],
+        )
     )
 
 
@@ -262,6 +255,7 @@ def _data(dataset: Dataset, most: int) -> str:
         + _reasons(videos)
         + page.sheet("Videos kept", [_shot(v) for v in kept], most)
         + page.sheet("Videos left out", [_shot(v) for v in lost], most)
+        + page.sheet("Clips left out of them", [_clip_shot(v, w) for v in kept for w in _dropped(v)], most)
         + "<h3>The kept clips</h3>"
         + page.cards(charts, "small")
     )
@@ -289,7 +283,7 @@ def _funnel(videos: list[dict[str, Any]], clips: int) -> str:
 def _reasons(videos: list[dict[str, Any]]) -> str:
     """Why videos and clips were left out, most frequent first."""
     of_videos = Counter((v["reason"] or "", v["outcome"].replace("_", " ")) for v in videos if v["outcome"] not in KEPT)
-    of_clips = Counter((w["reason"], "clip") for v in videos for w in v["windows"] or () if w["reason"])
+    of_clips = Counter((w["reason"], "clip") for v in videos for w in _dropped(v))
     rows = [(reason, what, str(n)) for (reason, what), n in (of_videos + of_clips).most_common()]
     return "<h3>Why videos and clips were left out</h3>" + page.table(("reason", "what", "times"), rows) if rows else ""
 
@@ -305,19 +299,33 @@ def _shot(video: dict[str, Any]) -> page.Shot:
     )
 
 
+def _dropped(video: dict[str, Any]) -> list[dict[str, Any]]:
+    """The windows of a video that did not become clips."""
+    return [window for window in video["windows"] or () if window["reason"]]
+
+
+def _clip_shot(video: dict[str, Any], window: dict[str, Any]) -> page.Shot:
+    said = f"from {window['start_s']:.0f} s, {window['reason']}"
+    return page.Shot(window["preview"], video["title"] or video["video_id"], said)
+
+
 def _training(curves: dict[str, Curves]) -> str:
-    """Every curve that tracking holds for the models of this world."""
-    parts = [
-        f"<h3>{escape(reference)}</h3>" + page.cards((_training_chart(*item) for item in shown), "small")
-        for reference, metrics in curves.items()
-        if (shown := [(name, points) for name, points in sorted(metrics.items()) if len(points) > 1])
-    ]
+    """Every curve that tracking holds for the models of this world; the telling ones first, the rest folded away."""
+    parts: list[str] = []
+    for reference, metrics in curves.items():
+        drawn = {name: points for name, points in sorted(metrics.items()) if len({value for _, value in points}) > 1}
+        telling = [_training_chart(*c) for c in drawn.items() if c[0].split("/")[-1] in TELLING]
+        rest = [_training_chart(*c) for c in drawn.items() if c[0].split("/")[-1] not in TELLING]
+        if drawn:
+            parts.append(f"<h3>{escape(reference)}</h3>{page.cards(telling, 'small')}")
+        if rest:
+            parts.append(f"<details><summary>{len(rest)} more curves</summary>{page.cards(rest, 'small')}</details>")
     return "".join(parts) or page.lead("Tracking holds no curves of these models.")
 
 
 def _training_chart(name: str, points: list[tuple[int, float]]) -> str:
     line = Line(label=name, x=[step for step, _ in points], y=[value for _, value in points])
-    return page.figure(line_chart([line], x_label="step", y_label=""), name)
+    return page.figure(line_chart([line], x_label="step", y_label="", size=SMALL), name)
 
 
 def _lineage(made_from: Sequence[Artifact], dataset: Dataset) -> str:

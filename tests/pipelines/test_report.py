@@ -11,10 +11,9 @@ import ring
 from infra.config import TrackingConfig, UserError
 from infra.tracking import Run
 from models.config import SamplerConfig
-from pipelines import page
 from pipelines.config import EvaluateConfig, ReportConfig
 from pipelines.evaluate import evaluate
-from pipelines.figures import Line, enlarge, histogram, line_chart, png, sheet, strip
+from pipelines.figures import SIZE, Line, data_uri, enlarge, histogram, line_chart, png, sheet, strip
 from pipelines.report import report
 
 SECTIONS = ("glance", "actions", "control", "meaning", "tokens", "data", "training", "lineage")
@@ -97,7 +96,9 @@ def test_every_action_has_its_row_and_every_picture_is_in_it(made):
     _, evaluation, _, text = made
     assert re.findall(r"<b>Action (\d)</b>", text) == ["0", "1", "2"]
     for name in ("action-1.png", "rollouts.png", "reconstructions.png"):
-        assert page.picture(evaluation.path / name, "").split('src="')[1].split('"')[0] in text
+        assert data_uri((evaluation.path / name).read_bytes()) in text
+    for name in ("dpsnr.svg", "rollouts.svg"):
+        assert (evaluation.path / name).read_text() in text
 
 
 def test_the_footage_is_shown_with_outcomes_reasons_and_escaped_titles(made):
@@ -152,7 +153,7 @@ def test_charts_are_whole_svg_with_every_point_in_range():
     root = ElementTree.fromstring(line_chart(lines, x_label="t", y_label="dB", zero=True, whole=True))
     places = [p.split(",") for e in root.iter() if "points" in e.attrib for p in e.attrib["points"].split()]
     assert len(places) == 3 + 6 + 2
-    assert all(0 <= float(x) <= 560 and 0 <= float(y) <= 270 for x, y in places)
+    assert all(0 <= float(x) <= SIZE[0] and 0 <= float(y) <= SIZE[1] for x, y in places)
     assert "a < b" in [e.text for e in root.iter()]
 
 
