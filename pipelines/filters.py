@@ -168,6 +168,7 @@ def _bars(brightest: np.ndarray) -> float:
 def judge(signals: dict[str, Any], config: FilterConfig) -> str:
     """The reason a clip is refused for, from its stored signals; empty if it is kept."""
     tests = (
+        ("corrupt", signals["corrupt_share"] > config.max_corrupt_share),
         ("too_few_frames", signals["held_share"] > config.max_held_share),
         ("gap", signals["max_gap_ms"] > config.max_gap_s * 1000),
         ("black", signals["black_share"] > config.max_black_share),

@@ -37,6 +37,7 @@ OUTCOMES = (*KEPT, "rejected", "duplicate", "dead_letter")
 _SIGNALS = [
     ("held_share", pa.float32()),
     ("max_gap_ms", pa.int32()),
+    ("corrupt_share", pa.float32()),
     ("motion", pa.float32()),
     ("static_share", pa.float32()),
     ("black_share", pa.float32()),

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +27,7 @@ import numpy as np
 from infra.config import from_dict
 from pipelines.config import CurateConfig, FilterConfig
 from pipelines.filters import judge, measure
-from pipelines.video import Sampler, VideoError, encode_clip, strip
+from pipelines.video import Sampler, Tally, VideoError, encode_clip, strip
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Cutter:
         content = hashlib.sha256()
         buffer = np.empty((size, self.config.height_px, self.config.width_px, 3), np.uint8)
         held, gap_s, slots = 0, 0.0, 0
+        met = Tally()
         for slot in sampler.slots():
             at = slot.index % size
             if at == 0:
@@ -65,17 +66,17 @@ class Cutter:
                 thumbs.append(thumb(slot.frame))
             if at == size - 1:
                 facts = {"held_share": held / size, "max_gap_ms": round(gap_s * 1000)}
+                facts["corrupt_share"] = _corrupt_share(sampler.tally, met)
+                met = replace(sampler.tally)
                 window, clip = self._window(slot.index - at, buffer, facts, sampler)
                 windows.append(window)
                 clips += [clip] if clip else []
-        tally = sampler.tally
-        corrupt = tally.corrupt / max(1, tally.frames + tally.corrupt)
         return {
-            **_outcome(windows, slots / self.config.fps, tally.stopped, corrupt, self.config),
-            **{k: v for k, v in _source(sampler).items()},
+            **_outcome(windows, slots / self.config.fps, sampler.tally.stopped),
+            **_source(sampler),
             "frames_digest": content.hexdigest(),
             "duration_s": slots / self.config.fps,
-            "corrupt_share": corrupt,
+            "corrupt_share": _corrupt_share(sampler.tally, Tally()),
             "windows": windows,
             "preview": strip(_evenly(thumbs)),
             "rows": clips,
@@ -120,14 +121,16 @@ def _source(sampler: Sampler) -> dict[str, Any]:
     }
 
 
-def _outcome(
-    windows: list[dict[str, Any]], seconds: float, stopped: str, corrupt: float, config: CurateConfig
-) -> dict[str, Any]:
+def _corrupt_share(now: Tally, before: Tally) -> float:
+    """Share of source frames that were damaged or lost since an earlier tally."""
+    damaged, whole = now.corrupt - before.corrupt, now.frames - before.frames
+    return min(1.0, damaged / max(1, whole))
+
+
+def _outcome(windows: list[dict[str, Any]], seconds: float, stopped: str) -> dict[str, Any]:
     """The ledger's verdict from the windows' reasons."""
     reasons = [w["reason"] for w in windows if w["reason"]]
     kept = len(windows) - len(reasons)
-    if corrupt > config.filters.max_corrupt_share and not kept:
-        return {"outcome": "rejected", "stage": "decode", "reason": "corrupt", "detail": stopped or f"{corrupt:.0%}"}
     if not windows:
         return {"outcome": "rejected", "stage": "cut", "reason": "too_short", "detail": f"{seconds:.1f} s decoded"}
     worst = max(sorted(set(reasons)), key=reasons.count, default="")

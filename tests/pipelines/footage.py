@@ -1,8 +1,10 @@
 """Small real videos for the tests of curation: scrolling textures in files of every kind."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 
@@ -103,3 +105,61 @@ def settings(home: Path, source: Path, **changes) -> CurateConfig:
         "filters": FilterConfig(),
     }
     return CurateConfig(**{**values, **changes})
+
+
+def film_as(
+    path: Path,
+    frames: np.ndarray,
+    *,
+    codec: str = "libx264",
+    pixels: str = "yuv420p",
+    fps: Fraction = Fraction(20),
+    times_s: list[float] | None = None,
+    rotation: int = 0,
+    start_s: float = 0.0,
+    **options: str,
+) -> Path:
+    """A video in any container, codec, pixel format, timing and rotation, with a good sidecar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    times = times_s if times_s is not None else [n / float(fps) for n in range(len(frames))]
+    tick = Fraction(1, 90000)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pixels
+        if times_s is not None:
+            stream.codec_context.time_base = tick
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for number, (frame, at) in enumerate(zip(frames, times, strict=True)):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if times_s is None and not start_s:
+                picture.pts, picture.time_base = number, 1 / fps
+            else:
+                picture.pts, picture.time_base = round((at + start_s) / tick), tick
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    sidecar(path, duration=float(times[-1]))
+    return path
+
+
+def sound(path: Path, cover: bytes = b"") -> Path:
+    """A sound file, with a cover picture if given."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        picture = None
+        if cover:
+            picture = container.add_stream("png", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 64, 64, "rgb24"
+            picture.disposition = av.stream.Disposition.attached_pic
+        for n in range(200):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, n * 1024
+            container.mux(stream.encode(frame))
+        if picture is not None:
+            still = av.VideoFrame.from_ndarray(scroll(1)[0], format="rgb24")
+            still.pts, still.time_base = 0, Fraction(1)
+            container.mux(picture.encode(still))
+            container.mux(picture.encode())
+        container.mux(stream.encode())
+    sidecar(path)
+    return path

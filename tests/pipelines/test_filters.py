@@ -90,7 +90,7 @@ def test_own_rules(tmp_path):
 
 
 def signals(frames, **facts):
-    return {**measure(frames), "held_share": 0.0, "max_gap_ms": 100, "cut_frames": [], **facts}
+    return {**measure(frames), "held_share": 0.0, "max_gap_ms": 100, "corrupt_share": 0.0, "cut_frames": [], **facts}
 
 
 def noisy(picture, frames=40):
@@ -123,6 +123,7 @@ def test_what_is_seen_decides(frames, reason):
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
+        ({"corrupt_share": 0.03}, "corrupt"),
         ({"held_share": 0.7}, "too_few_frames"),
         ({"max_gap_ms": 2500}, "gap"),
         ({"cut_frames": list(range(13))}, "cuts"),
