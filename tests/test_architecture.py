@@ -27,9 +27,8 @@ def calls(path, owner, name):
     """Lines on which `owner.name(...)` is called."""
     for node in ast.walk(ast.parse(path.read_text())):
         function = node.func if isinstance(node, ast.Call) else None
-        if isinstance(function, ast.Attribute) and function.attr == name:
-            if isinstance(function.value, ast.Name) and function.value.id == owner:
-                yield node.lineno
+        if isinstance(function, ast.Attribute) and ast.unparse(function) == f"{owner}.{name}":
+            yield node.lineno
 
 
 def test_import_contracts_hold():
