@@ -39,6 +39,7 @@ class LatentActionModel(nn.Module):
         self.head = nn.Linear(cfg.decoder.width, cfg.vocabulary if cfg.source == "tokens" else pixels)
         if cfg.residual and cfg.source == "pixels":
             nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
         self.change = nn.Linear(2 * cfg.encoder.width, cfg.codebook.dim) if cfg.contrast > 0 else None
 
     def begin_step(self, step: int, total_steps: int) -> None:

@@ -101,11 +101,15 @@ class CodebookConfig:
     """A code used less than this share of the mean use is moved onto a live encoding."""
     warmup_share: float = 0.0
     """Share of training steps without quantization; at its end (at least one step) codes start by k-means."""
+    channel: float = 0.03
+    """Price of information in that warm-up: encodings pass a channel with unit noise and pay this for their energy, so
+    that they carry what helps and nothing else; 0 passes them on as they are."""
 
     def __post_init__(self) -> None:
         _positive(self, "size", "dim")
         _one_of("CodebookConfig.kind", self.kind, get_args(Codebook))
         _require(0 <= self.warmup_share < 1, f"CodebookConfig.warmup_share is {self.warmup_share}; give one in [0, 1)")
+        _require(self.channel >= 0, f"CodebookConfig.channel is {self.channel}; give 0 or more")
         _require(0 < self.decay < 1, f"CodebookConfig.decay is {self.decay}; give one in (0, 1)")
         if self.kind == "fsq":
             _require(

@@ -5,7 +5,7 @@ processes, so that every rank holds the same codes. Dead codes are revived from 
 """
 
 from dataclasses import replace
-from math import ceil
+from math import ceil, pi
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from models.config import CodebookConfig
-from models.noise import mix, uniform
+from models.noise import mix, uniform, uniform_for
 
 _POOL_LEAST, _POOL_MOST, _LLOYD_ROUNDS = 256, 4096, 10
 _STARTS, _FEW_CODES = 8, 64
@@ -136,12 +136,25 @@ class Codebook(nn.Module):
         if self.training:
             self._observe(z.detach(), codes, key_B)
         if self.training and self.continuous:
-            return Quantized(codes, z.to(dtype), 0.0 * z.sum() + 0.0 * self.codes.sum())
+            vectors, loss = self._channel(z, key_B)
+            return Quantized(codes, vectors.to(dtype), loss + 0.0 * self.codes.sum())
         vectors = self.codes[codes]
         loss = self.cfg.commitment * F.mse_loss(z, vectors.detach())
         if self.cfg.kind == "vq":
             loss = loss + F.mse_loss(vectors, z.detach())
         return Quantized(codes, (z + (vectors - z).detach()).to(dtype), loss)
+
+    def _channel(self, z: Tensor, key_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Encodings through a noisy channel and the price of their energy (a variational bottleneck, arXiv 1612.00410).
+
+        Without it the continuous code carries whatever it can, and k-means then splits along the wrong directions.
+        """
+        if self.cfg.channel == 0 or self.cfg.warmup_share == 0:
+            return z, 0.0 * z.sum()
+        key_B = torch.zeros(len(z), dtype=torch.int64, device=z.device) if key_B is None else key_B
+        first, second = (uniform_for(key_B, stream, *z.shape[1:]) for stream in (11, 12))
+        normal = (-2 * first.log()).sqrt() * (2 * pi * second).cos()
+        return z + normal.to(z.dtype), self.cfg.channel / 2 * z.square().sum(-1).mean()
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
@@ -304,7 +317,7 @@ class TwoLevels(nn.Module):
         second = self.fine(left, key_B)
         vectors = z + (self.lookup(self._join(first.codes, second.codes)) - z).detach()
         if self.training and self.continuous:
-            vectors = z
+            vectors = first.vectors if self.coarse.continuous else z
         return Quantized(self._join(first.codes, second.codes), vectors, first.loss + second.loss)
 
     def _join(self, coarse: Tensor, fine: Tensor) -> Tensor:

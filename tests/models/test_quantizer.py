@@ -83,7 +83,7 @@ def test_fsq_reaches_every_code_and_no_other(levels):
 
 
 def test_warm_up_passes_encodings_on_and_ends_with_codes_at_their_centres():
-    model = book("ema", warmup_share=0.5)
+    model = book("ema", warmup_share=0.5, channel=0)
     z = blobs(0).requires_grad_()
     for step in range(5):
         model.train().begin_step(step, 10)
@@ -96,6 +96,18 @@ def test_warm_up_passes_encodings_on_and_ends_with_codes_at_their_centres():
     assert not model.continuous
     gap = model(z, torch.arange(4)).vectors - z
     assert gap.square().sum(-1).mean() < 0.1
+
+
+def test_the_warm_up_channel_adds_unit_noise_from_the_keys_and_prices_energy():
+    model = book("ema", warmup_share=0.5, channel=0.1)
+    model.train().begin_step(0, 10)
+    z = torch.zeros(200, 20, 3)
+    found = model(z, torch.arange(200))
+    assert float(found.vectors.mean()) == pytest.approx(0, abs=0.03)
+    assert float(found.vectors.std()) == pytest.approx(1, abs=0.03)
+    assert float(found.loss) == 0
+    torch.testing.assert_close(model(z[7:8], torch.tensor([7])).vectors, found.vectors[7:8])
+    assert float(model(z + 2, torch.arange(200)).loss) == pytest.approx(0.1 / 2 * 12)
 
 
 def test_a_step_in_parts_equals_the_step_at_once():
