@@ -24,7 +24,7 @@ from pipelines.config import OptimizerConfig, TrainConfig
 log = logging.getLogger(__name__)
 
 TAG = "state"
-PLAIN_FILE = "plain.pt"
+PLAIN_FILE, BUFFERS_FILE = "plain.pt", "buffers.pt"
 QUIET = 10**9
 
 Batch = dict[str, Tensor]
@@ -209,6 +209,8 @@ class ZeroEngine(Engine):
         (folder / TAG).mkdir(exist_ok=True)  # DeepSpeed makes it on rank 0 only
         dist.barrier()
         self._engine.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=self.rank == 0)
+        if self.rank == 0:
+            torch.save(self._buffers(), folder / BUFFERS_FILE)
 
     @override
     def load(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -218,12 +220,31 @@ class ZeroEngine(Engine):
         if self.universal and 0 in (manifest["zero"], self.config.zero) and manifest["zero"] != self.config.zero:
             raise UserError(f"{folder} is of --zero {manifest['zero']}: continue it with that, or with another --seed")
         source = self._universal(folder) if self.universal and self.config.zero else folder
+        decays = [group["weight_decay"] for group in self._optimizer.param_groups]
         path, _ = self._engine.load_checkpoint(str(source), tag=TAG, load_lr_scheduler_states=False)
         if path is None:
             raise UserError(f"DeepSpeed found nothing to load in {source}: remove that folder")
+        if source != folder and self.config.zero == 3:
+            self._mend(decays)
+        buffers = torch.load(folder / BUFFERS_FILE, map_location=self.device, weights_only=True)
+        for name, buffer in self._buffers().items():
+            buffer.copy_(buffers[name])
         dist.barrier()
         if source != folder and self.rank == 0:
             shutil.rmtree(source)
+
+    def _mend(self, decays: list[float]) -> None:
+        """What DeepSpeed 0.19's universal load gets wrong under ZeRO-3: all groups share one counter of steps, so it
+        counts several times a step, and all get the weight decay of the first."""
+        for state in self._optimizer.optimizer.state.values():
+            state["step"] = torch.as_tensor(state["step"]).clone()
+        for group, decay in zip(self._optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Codebooks and the like: DeepSpeed's universal checkpoint holds parameters only."""
+        kept = self.model.state_dict().keys()
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
 
     def _universal(self, folder: Path) -> Path:
         target = self.folder / f"universal-{folder.name}"

@@ -1,5 +1,6 @@
 """Runs trainings in two plain torch processes, without Ray: numerics without the rest."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -27,14 +28,18 @@ def losses(folder, name="loss"):
     return {line["step"]: line[name] for line in lines if "step" in line}
 
 
-def run_ranks(configs, world=2):
-    """Each configuration in turn, in the same `world` processes; raises what a rank raises."""
+class Until(RuntimeError):
+    """All ranks stop here at once, as if the machine had gone: what was not in a checkpoint is lost."""
+
+
+def run_ranks(work, world=2):
+    """Each (configuration, step to die in or None) in turn, in `world` processes; raises what a rank raises."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     said = context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(rank, world, port, configs, said)) for rank in range(world)]
+    ranks = [context.Process(target=_rank, args=(rank, world, port, work, said)) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -44,7 +49,24 @@ def run_ranks(configs, world=2):
     assert not faults and all(p.exitcode == 0 for p in ranks), faults or [p.exitcode for p in ranks]
 
 
-def _rank(rank, world, port, configs, said):
+def _dying(batches, until, step, per_step):
+    for n, batch in enumerate(batches):
+        if until is not None and step + n / per_step > until:
+            raise Until
+        yield batch
+
+
+def _assert_alike(engine):
+    """Buffers, such as codebooks, are not averaged by anyone: each rank must have come to the same."""
+    import torch.distributed as dist
+
+    sums = {name: float(value.double().sum()) for name, value in engine.model.named_buffers() if value.numel()}
+    others = [None] * engine.world
+    dist.all_gather_object(others, sums)
+    assert all(other == sums for other in others), "buffers differ between ranks"
+
+
+def _rank(rank, world, port, work, said):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
     import torch
@@ -59,7 +81,7 @@ def _rank(rank, world, port, configs, said):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        for settings in configs:
+        for settings, until in work:
             job = plan_job(settings)
             job.folder.mkdir(parents=True, exist_ok=True)
             if rank == 0:
@@ -68,7 +90,10 @@ def _rank(rank, world, port, configs, said):
             found = Checkpoints(job.folder, settings.keep).chosen()
             engine = ZeroEngine(build(job), settings, job.folder, found[1] if found else None)
             step = found[1]["step"] if found else 0
-            Loop(job, engine, local_batches(job.source, job.schedule(), step, rank, world)).run()
+            batches = local_batches(job.source, job.schedule(), step, rank, world)
+            with contextlib.suppress(Until):
+                Loop(job, engine, _dying(batches, until, step, settings.batch // settings.micro_batch // world)).run()
+            _assert_alike(engine)
     except Exception as error:
         said.put(f"rank {rank}: {type(error).__name__}: {error}")
         raise

@@ -268,8 +268,9 @@ def test_parameters_are_counted_without_building(place):
 
 def test_what_does_not_fit_is_refused_with_the_fix(place):
     other = replace(config(place).model.tokenizer, height_px=64, width_px=64)
-    wide = replace(config(place).model, tokenizer=other, actions=replace(config(place).model.actions, height_px=64, width_px=64),
-                   dynamics=replace(config(place).model.dynamics, rows=8, columns=8))  # fmt: skip
+    actions = replace(config(place).model.actions, height_px=64, width_px=64)
+    dynamics = replace(config(place).model.dynamics, rows=8, columns=8)
+    wide = replace(config(place).model, tokenizer=other, actions=actions, dynamics=dynamics)
     with pytest.raises(UserError, match="toys@0 has clips of 32x32 px, the tokenizer takes 64x64: curate"):
         train(config(place, model=wide))
     with pytest.raises(UserError, match="no dataset 'toy'.*did you mean 'toys'"):

@@ -1,0 +1,123 @@
+"""Numerics of DeepSpeed's engines in two plain torch processes: the same loop, batches and checkpoints, without Ray."""
+
+import random
+import shutil
+
+import pytest
+
+from infra.config import Home, UserError
+from pipelines.checkpoints import Checkpoints
+from pipelines.config import TokenizeConfig
+from pipelines.stages import build, plan_job
+from pipelines.tokenize import tokenize
+from pipelines.train import train
+from pipelines.zero import PlainEngine, make_optimizer, parameter_groups
+from tests.pipelines.clips import write_dataset
+from tests.pipelines.ranks import config, losses, run_ranks
+
+STAGES = ("tokenizer", "actions", "dynamics", "world")
+ZERO = (0, 1, 2, 3)
+
+
+def prepare(home, empty_store):
+    home.ensure()
+    shutil.copy(empty_store, home.path / "mlflow.db")
+    write_dataset(home)
+    train(config(home, steps=4))
+    train(config(home, steps=4, stage="actions"))
+    tokenize(TokenizeConfig(home=home.path, dataset="toys"))
+    return home
+
+
+def on_ranks(home, name, zero, **changes):
+    return config(home, name=f"{name}{zero}", zero=zero, workers=2, **changes)
+
+
+def read(settings, name="loss"):
+    return losses(plan_job(settings).folder, name)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory, empty_store, ray_cluster):
+    return prepare(Home(tmp_path_factory.mktemp("zero") / "home"), empty_store)
+
+
+@pytest.fixture(scope="module")
+def runs(ground):
+    """Whole runs; runs that die and go on; runs on 2, then 1, then 2 workers. Three starts of the processes for all."""
+    names = ("whole", "broken", "elastic")
+    whole, broken, elastic = ([on_ranks(ground, name, z) for z in ZERO] for name in names)
+    world = [on_ranks(ground, "world", 1, stage="world")]
+    run_ranks([(c, None) for c in whole + world] + [(c, 3) for c in broken] + [(c, 2) for c in elastic])
+    run_ranks([(c, 4) for c in elastic], world=1)
+    run_ranks([(c, None) for c in broken + elastic])
+    return ground
+
+
+def test_every_zero_stage_computes_what_one_process_computes(runs):
+    plain = config(runs, name="plain")
+    train(plain)
+    for zero in ZERO:
+        whole = on_ranks(runs, "whole", zero)
+        assert read(whole) == pytest.approx(read(plain), rel=1e-5)
+        assert read(whole, "grad_norm") == pytest.approx(read(plain, "grad_norm"), rel=1e-4)
+
+
+def test_co_training_on_two_ranks_computes_what_one_process_computes(runs):
+    plain = config(runs, name="plain", stage="world")
+    train(plain)
+    assert read(on_ranks(runs, "world", 1, stage="world")) == pytest.approx(read(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_a_run_that_died_goes_on_bit_by_bit(runs, zero):
+    assert read(on_ranks(runs, "broken", zero)) == read(on_ranks(runs, "whole", zero))
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_two_workers_then_one_then_two_see_the_same_and_learn_the_same(runs, zero):
+    """The loop itself proves the samples; the sums of gradients are taken in another order, hence the tolerance."""
+    elastic = on_ranks(runs, "elastic", zero)
+    assert read(elastic) == pytest.approx(read(on_ranks(runs, "whole", zero)), rel=1e-5)
+    assert [world for _, world in sorted(read(elastic, "world").items())] == [2, 2, 1, 1, 2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_curves_of_fifty_steps_agree(ground, stage):
+    whole = [on_ranks(ground, "long", z, stage=stage, steps=50, checkpoint_every=25) for z in ZERO]
+    plain = config(ground, name="longplain", stage=stage, steps=50, checkpoint_every=25)
+    train(plain)
+    run_ranks([(c, None) for c in whole])
+    for settings in whole:
+        assert read(settings) == pytest.approx(read(plain), rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_ten_deaths_at_random_steps_change_nothing(ground, stage):
+    rng = random.Random(stage)
+    seeds = {seed: sorted(rng.sample(range(1, 11), 2)) for seed in range(10)}
+    work = {s: on_ranks(ground, f"seed{s}-", 1 + s % 3, stage=stage, steps=11, seed=s) for s in seeds}
+    whole = {s: on_ranks(ground, f"still{s}-", 1 + s % 3, stage=stage, steps=11, seed=s) for s in seeds}
+    for turn in (0, 1):
+        run_ranks([(work[s], seeds[s][turn]) for s in seeds])
+    run_ranks([(c, None) for c in (*work.values(), *whole.values())])
+    for s in seeds:
+        assert read(work[s]) == read(whole[s])
+
+
+def test_weight_decay_is_for_matrices_only(ground):
+    model = build(plan_job(config(ground)))
+    decayed, plain = parameter_groups(model, config(ground).optimizer)
+    assert decayed["weight_decay"] > 0 == plain["weight_decay"]
+    assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim < 2 for p in plain["params"])
+    assert len(make_optimizer(model, config(ground).optimizer).param_groups) == 2
+
+
+def test_a_checkpoint_of_workers_is_not_taken_up_in_one_process(runs):
+    settings = on_ranks(runs, "whole", 1)
+    job = plan_job(settings)
+    folder, manifest = Checkpoints(job.folder, settings.keep).choose()[0]
+    with pytest.raises(UserError, match="was written by 2 workers: continue it with --workers above 0"):
+        PlainEngine(build(job), settings).load(folder, manifest)
