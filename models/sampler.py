@@ -5,7 +5,7 @@ passes and one commit pass that rewrites the cache from its final tokens, after 
 and leave between any two passes; what one draws is a function of its own tokens, actions, seed and step alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import cos, pi
 from typing import TYPE_CHECKING
@@ -205,6 +205,18 @@ class Decoder:
         """All that rebuilds the slot's session as of its last finished frame."""
         w = self._session(slot).window
         return Window(w.tokens.clone(), w.actions.clone(), w.step, w.seed)
+
+    def fork(self, source: int, slot: int) -> None:
+        """Copy an idle session with its cache into a free slot: a branch, without computing anything."""
+        session = self._session(source)
+        self._check_slot(slot)
+        if self._slots[slot] is not None or session.phase != _IDLE:
+            raise ModelError(f"can't copy slot {source} to {slot}; the one must be idle, the other free")
+        for cache in (*self._caches, *self._pixel_caches):
+            if cache is not None:
+                cache.keys[slot].copy_(cache.keys[source])
+                cache.values[slot].copy_(cache.values[source])
+        self._slots[slot] = replace(session, window=self.window(source))
 
     def release(self, slot: int) -> None:
         """Forget the slot's session, whatever it is doing."""

@@ -137,6 +137,22 @@ class World:
         held[:] = [decoder.window(0)]
         return replace(state, window=held[0]), finished[0].frame
 
+    def ahead(self, state: State) -> list[tuple[State, Tensor]]:
+        """What each action would give: (state, frame uint8 (H, W, C)) for 0..A-1, drawn together while a player thinks.
+
+        They share the past, so the batch differs in the last frame alone; each equals what `step` gives.
+        """
+        decoder = Decoder(self, self.action_count, state.sampler)
+        decoder.restore(0, state.window)
+        for slot in range(1, self.action_count):
+            decoder.fork(0, slot)
+        for slot in range(self.action_count):
+            decoder.begin(slot, slot)
+        found: list[Finished] = []
+        while len(found) < self.action_count:
+            found += decoder.advance()
+        return [(replace(state, window=decoder.window(f.slot)), f.frame) for f in sorted(found, key=lambda f: f.slot)]
+
     def rollout(self, windows: list[Window], actions_BT: Any, sampler: SamplerConfig) -> Tensor:
         """Play all windows at once with their actions int (B, T) -> frames uint8 (B, T, H, W, C), in host memory."""
         actions = torch.as_tensor(actions_BT)
