@@ -59,13 +59,17 @@ COMMANDS = {
         ("--evaluation",),
     ),
     "serve": Command("[WORLD]: host it for players", "serving.config:ServeConfig", ":serve", ("--world",)),
+    "play": Command("a session in this terminal", "serving.config:PlayConfig", "serving.terminal:play", ("--url",)),
+    "bench": Command(
+        "synthetic players against a running server", "serving.config:BenchConfig", "serving.bench:bench", ("--url",)
+    ),
     "show": Command(
         "[NAME | preset NAME]: datasets, artifacts, lineage", "infra.config:ShowConfig", ":show", ("--what", "--name")
     ),
     "doctor": Command("check this machine, say the fix", "infra.config:DoctorConfig", ":doctor"),
 }
 
-OWN_OUTPUT = {"demo", "record", "serve", "show", "doctor"}
+OWN_OUTPUT = {"demo", "record", "serve", "play", "bench", "show", "doctor"}
 """The other commands end with one line on stdout for scripts: the reference or path of what they made."""
 
 USAGE = """usage: lampworks COMMAND [--config FILE.toml] [--preset NAME] [options]

@@ -8,8 +8,9 @@ die, scale or be replaced while its players' sockets stay open.
 """
 
 import logging
+import signal
 import socket
-import time
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -135,12 +136,14 @@ class ServedWorld:
         self._running.close()
 
     def wait(self) -> None:
-        """Returns on Ctrl-C."""
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            log.info("interrupted: stopping")
+        """Returns when the process is asked to end (Ctrl-C, SIGTERM)."""
+        asked = threading.Event()
+        before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+        while not asked.wait(3600):
+            pass
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        log.info("asked to end: stopping")
 
     def __enter__(self) -> "ServedWorld":
         return self

@@ -10,8 +10,8 @@ exactly once.
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,8 @@ class WorldClient:
         """One request; its refusal is raised as a Problem."""
         bearer = token or self.key
         headers = {"authorization": f"Bearer {bearer}"} if bearer else {}
-        return _checked(self._http.request(method, path, headers=headers, **options))
+        with _reaching(self.url):
+            return _checked(self._http.request(method, path, headers=headers, **options))
 
     def close(self) -> None:
         """Closes the connections."""
@@ -261,8 +262,9 @@ class AsyncPlayer(_Described):
     ) -> "AsyncPlayer":
         """A new session; see `WorldClient.create`."""
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        async with httpx.AsyncClient(timeout=REPLY_S, headers=headers, trust_env=False) as http:
-            answer = await http.post(f"{url.rstrip('/')}/v1/sessions", **_create(picture, gallery, seed, model))
+        with _reaching(url):
+            async with httpx.AsyncClient(timeout=REPLY_S, headers=headers, trust_env=False) as http:
+                answer = await http.post(f"{url.rstrip('/')}/v1/sessions", **_create(picture, gallery, seed, model))
         return cls(url, _checked(answer).json(), retry_s)
 
     async def step(self, action: int) -> np.ndarray:
@@ -398,6 +400,15 @@ def _picture_bytes(picture: Picture) -> bytes:
     if isinstance(picture, np.ndarray):
         return cv2.imencode(".png", np.ascontiguousarray(picture[..., ::-1]))[1].tobytes()
     return picture if isinstance(picture, bytes) else picture.read_bytes()
+
+
+@contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    """Tells of a server that can't be reached as of one that refuses."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise Problem(503, "no-server", f"no answer from {url} ({error})", retry_after_s=1) from error
 
 
 def _checked(answer: httpx.Response) -> httpx.Response:

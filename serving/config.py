@@ -52,7 +52,7 @@ class Limits:
 class ServeConfig:
     """One served application: worlds, the machine's share they get, and the doors."""
 
-    home: Path = Path("home")
+    home: Path = Path("lampworks-home")
     """Folder of artifacts and of the session journal."""
     world: str | tuple[str, ...] = "world"
     """Reference(s) of world artifacts, such as "world" (newest version) or "world@v2"; the first is the default."""
@@ -121,3 +121,44 @@ class ServeConfig:
             return ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Synthetic players against a running server, each with a session of its own."""
+
+    url: str = "http://127.0.0.1:8000"
+    """Address of the server."""
+    sessions: int = 8
+    """Players at once."""
+    steps: int = 100
+    """Steps of each."""
+    rate_fps: float = 10.0
+    """Steps a second that each player wants; 0 for as fast as it goes."""
+    key: str | None = None
+    """API key, where the server asks for one."""
+    seed: int = 0
+    """Of actions and sessions."""
+
+    def __post_init__(self) -> None:
+        for name in ("sessions", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}: give at least 1")
+        if self.rate_fps < 0:
+            raise UserError(f"--rate-fps is {self.rate_fps}: give a rate, or 0 for as fast as it goes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayConfig:
+    """A session in this terminal."""
+
+    url: str = "http://127.0.0.1:8000"
+    """Address of the server."""
+    picture: Path | None = None
+    """First frame; the server's first gallery picture by default."""
+    seed: int | None = None
+    """Same seed, picture and actions: same frames. Random by default."""
+    model: str | None = None
+    """World to play; the server's default when left out."""
+    key: str | None = None
+    """API key, where the server asks for one."""

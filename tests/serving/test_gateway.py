@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import hashlib
+import resource
 import threading
 import time
 
@@ -377,3 +378,29 @@ def test_a_deleted_session_ends_its_socket(http, local, session):
         ws.recv()
         http.delete(f"/v1/sessions/{session['session']}", headers=bearer(session))
         assert closed_with(ws, [pack_step(1, 0)])[0] == 4404
+
+
+def test_a_player_who_never_reads_costs_no_memory(served_home, engine, tmp_path):
+    """Who asks on without reading either waits for the socket to drain, or runs ahead of the lockstep and is closed."""
+    limits = Limits(steps_per_s=1e6, messages_per_s=1e6)
+    with gateway_of(served_home, engine, tmp_path / "db", limits=limits) as url, httpx.Client(base_url=url) as http:
+        made = create(http).json()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with socket(url, made, max_queue=1, close_timeout=0.5) as ws, contextlib.suppress(ConnectionClosed):
+            for n in range(1, 20_000):
+                ws.send(pack_step(n, 0))
+        assert http.get("/healthz").json()["status"] == "ok"
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "kilobytes"
+        shown = http.get(f"/v1/sessions/{made['session']}", headers=bearer(made)).json()
+        assert shown["step"] < 20_000
+
+
+def test_tokens_stay_out_of_logs_and_addresses(http, local, caplog):
+    caplog.set_level(0)
+    made = create(http).json()
+    with socket(local, made) as ws:
+        ws.recv()
+    http.get(f"/v1/sessions/{made['session']}", headers=bearer(made))
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith(("serving", "uvicorn", "starlette", "fastapi"))]
+    assert any("session created" in line for line in ours)
+    assert not [line for line in ours if made["token"] in line]

@@ -1,3 +1,4 @@
+import io
 import struct
 import zlib
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from serving.config import Limits
 from serving.pictures import decode_jpeg, encode_jpeg, read_picture
@@ -83,6 +85,26 @@ def test_a_turned_photograph_is_set_upright():
     data = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
     frame = read(data)
     assert [frame[y, 32].argmax() for y in (4, 32, 60)] == [0, 1, 2], "what was left is on top"
+
+
+def saved(kind, pictures, mode="RGB", **options):
+    """What another program's encoder makes of pictures."""
+    first, *more = [Image.fromarray(p).convert(mode) for p in pictures]
+    file = io.BytesIO()
+    first.save(file, kind, **({"save_all": True, "append_images": more} if more else {}), **options)
+    return file.getvalue()
+
+
+def test_a_picture_in_printing_colours_is_read():
+    frame = read(saved("JPEG", [scene()], "CMYK", quality=95))
+    assert frame[32, 32].argmax() == 1
+    assert frame[32, 2].argmax() == 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_of_a_moving_picture_the_first_frame_counts(kind):
+    moving = saved(kind, [scene(), 255 - scene()], **({"lossless": True} if kind == "WEBP" else {}))
+    assert np.array_equal(read(moving), read(saved(kind, [scene()], **({"lossless": True} if kind == "WEBP" else {}))))
 
 
 def test_a_bomb_is_refused_from_its_header():
