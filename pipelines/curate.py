@@ -28,7 +28,8 @@ from infra.cluster import connect
 from infra.config import Home, UserError, digest, to_dict
 from pipelines.config import CurateConfig
 from pipelines.dedup import mark_same_frames
-from pipelines.manifest import Plan, open_plan
+from pipelines.manifest import Plan, open_plan, plan_again
+from pipelines.revise import judge_again, mark_judged
 from pipelines.shards import CLIP_SCHEMA, VIDEO_SCHEMA, Dataset, Unit, Writer, open_dataset
 from pipelines.tables import write_shard
 from pipelines.unit import Child
@@ -76,9 +77,14 @@ def curate(config: CurateConfig) -> CurateResult:
         writer = Writer(folder, digest(_bearing(config)))
         plan = open_plan(folder, source, config, writer.config_digest)
         pending = _recover(writer, plan)
+        incomplete = judge_again(writer, config.filters)
+        if incomplete:
+            plan = plan_again(folder, plan, incomplete, digest(to_dict(config.filters)))
+            pending = _recover(writer, plan)
         if pending:
             with connect(config.cluster):
                 _work(config, writer, plan, pending)
+        mark_judged(folder, config.filters)
         mark_same_frames(writer, plan)
     return _summary(home, config.name)
 
@@ -109,11 +115,11 @@ def _unit(folder: Path, unit_id: str) -> Unit | None:
 
 def _recover(writer: Writer, plan: Plan) -> list[str]:
     """Commits what a killed run had finished; returns the ids of the units that are still to do."""
-    committed = writer.committed()
+    committed = writer.committed(plan.units)
     open_units = [u for u in plan.units if u not in committed]
     done = [unit for unit_id in open_units if (unit := _unit(writer.folder, unit_id))]
     if done:
-        writer.commit(done, "recovered")
+        writer.commit(done, "recovered", plan.again)
     ready = {u.unit_id for u in done}
     return [u for u in open_units if u not in ready]
 
@@ -143,7 +149,7 @@ def _work(config: CurateConfig, writer: Writer, plan: Plan, pending: list[str]) 
             waiting.append(unit)
             progress.add(row)
             if time.monotonic() - committed > COMMIT_EVERY_S:
-                writer.commit(waiting)
+                writer.commit(waiting, "units", plan.again)
                 waiting.clear()
                 committed = time.monotonic()
     except RayTaskError as error:
@@ -154,7 +160,7 @@ def _work(config: CurateConfig, writer: Writer, plan: Plan, pending: list[str]) 
         raise
     finally:
         if waiting:
-            writer.commit(waiting)
+            writer.commit(waiting, "units", plan.again)
 
 
 class UnitWorker:
@@ -188,8 +194,10 @@ class UnitWorker:
         shared = {"unit_id": unit_id, "config_digest": self.digest}
         same = ("video_id", "split", "title", "uploader", "webpage_url")
         clips = [{**row, **shared, **{k: job["ledger"][k] for k in same}} for row in rows]
-        ledger = {**dict.fromkeys(VIDEO_SCHEMA.names), **job["ledger"], **shared, **result, "clips": len(clips)}
-        return {**ledger, "dropped_clips": []}, clips
+        dropped = [w["clip_id"] for w in result.get("windows", []) if w["reason"] and w["clip_id"]]
+        stored = [w["clip_id"] for w in result.get("windows", []) if w["clip_id"]]
+        ledger = {**dict.fromkeys(VIDEO_SCHEMA.names), **job["ledger"], **shared, **result, "clips": len(stored)}
+        return {**ledger, "dropped_clips": dropped}, clips
 
 
 # -- progress ----------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ PLAN_SCHEMA = pa.schema(
         ("path", pa.string()),
         ("verdict", pa.bool_()),
         ("peek", pa.bool_()),
+        ("again", pa.bool_()),
+        ("have", pa.list_(pa.string())),
         ("uri", pa.string()),
         ("video_id", pa.string()),
         ("split", pa.string()),
@@ -52,7 +54,7 @@ PLAN_SCHEMA = pa.schema(
         ("webpage_url", pa.string()),
     ]
 )
-_OWN = ("unit_id", "path", "verdict", "peek")
+_OWN = ("unit_id", "path", "verdict", "peek", "again", "have")
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,15 @@ class Plan:
             grouped[row["unit_id"]].append(row)
         return grouped
 
+    @cached_property
+    def again(self) -> dict[str, str]:
+        """Units that decode one video once more, with its id."""
+        return {row["unit_id"]: row["video_id"] for row in self.rows if row["again"]}
+
     @property
     def video_ids(self) -> list[str]:
-        """Every planned video."""
-        return [row["video_id"] for row in self.rows]
+        """Every planned video, in the order of the plans."""
+        return list(dict.fromkeys(row["video_id"] for row in self.rows))
 
     def jobs(self, unit_id: str) -> list[dict[str, Any]]:
         """What a worker needs for each video of a unit."""
@@ -154,7 +161,7 @@ class Plan:
 
 def _job(row: dict[str, Any]) -> dict[str, Any]:
     ledger = {k: v for k, v in row.items() if k not in _OWN}
-    return {"path": row["path"], "verdict": row["verdict"], "peek": row["peek"], "ledger": ledger}
+    return {**{key: row[key] for key in ("path", "verdict", "peek")}, "have": row["have"] or [], "ledger": ledger}
 
 
 def open_plan(folder: Path, source: Path, config: CurateConfig, config_digest: str) -> Plan:
@@ -164,17 +171,43 @@ def open_plan(folder: Path, source: Path, config: CurateConfig, config_digest: s
         UserError: nothing to curate, or the dataset was made with other settings.
     """
     sources = scan(source)
-    old = [row for path in sorted((folder / "plans").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    old = planned(folder)
     _check_same(folder, config_digest)
     known = {row["uri"] for row in old}
     new = [s for s in sources if s.uri not in known]
     if not new:
         return Plan(old)
-    rows = _planned(new, old, config, config_digest)
+    log.info("curate | planned %d videos | %d known", len(new), len(known))
+    return Plan([*old, *_added(folder, _planned(new, old, config, config_digest))])
+
+
+def planned(folder: Path) -> list[dict[str, Any]]:
+    """The rows of every plan of a dataset, in order."""
+    return [row for path in sorted((folder / "plans").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def plan_again(folder: Path, plan: Plan, incomplete: dict[str, list[str]], reason: str) -> Plan:
+    """Appends videos that must be decoded once more, one unit each.
+
+    Args:
+        folder: the dataset's.
+        plan: what is planned so far.
+        incomplete: by video id, the ids of its clips that are stored already.
+        reason: a digest of what makes it necessary: planned once for each.
+    """
+    first = {row["video_id"]: row for row in reversed(plan.rows)}
+    rows = [
+        {**first[video], "unit_id": digest([reason, video])[:24], "again": True, "have": have}
+        for video, have in incomplete.items()
+    ]
+    rows = [row for row in rows if row["unit_id"] not in plan.units]
+    return Plan([*plan.rows, *_added(folder, rows)]) if rows else plan
+
+
+def _added(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     number = len(list((folder / "plans").glob("*.parquet")))
     write_shard(folder / "plans" / f"{number:06d}.parquet", rows, PLAN_SCHEMA)
-    log.info("curate | planned %d videos | %d known", len(new), len(known))
-    return Plan([*old, *rows])
+    return rows
 
 
 def _check_same(folder: Path, config_digest: str) -> None:
@@ -204,7 +237,7 @@ def _row(source: Source, verdict: Verdict | None, config: CurateConfig) -> dict[
     row = dict.fromkeys(PLAN_SCHEMA.names)
     metadata = source.metadata
     row |= {"path": str(source.path.resolve()), "uri": source.uri, "video_id": source.name, "verdict": False}
-    row |= {"peek": False, "size_bytes": source.size_bytes, "mtime_ns": source.mtime_ns}
+    row |= {"peek": False, "again": False, "size_bytes": source.size_bytes, "mtime_ns": source.mtime_ns}
     row |= {"duration_s": metadata.duration_s, "title": metadata.title, "uploader": metadata.uploader}
     row |= {"webpage_url": metadata.webpage_url}
     if verdict:

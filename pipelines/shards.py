@@ -9,6 +9,7 @@ is the one moment at which a unit begins to exist, and a dataset's version is th
 
 import difflib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -130,15 +131,18 @@ class Writer:
         self.folder = folder
         self.config_digest = config_digest
 
-    def committed(self) -> set[str]:
-        """Ids of the units that exist."""
+    def committed(self, units: Iterable[str]) -> set[str]:
+        """Which of the units exist. The log remembers a unit even when all of its rows are gone."""
         table = delta_table(self.folder / "videos")
-        if table is None:
-            return set()
-        return {u for f in table_files(table, self.folder / "videos") for u in _column(f, "unit_id")}
+        return {unit for unit in units if knows(table, unit)}
 
-    def commit(self, units: list[Unit], message: str = "units") -> int:
+    def commit(self, units: list[Unit], message: str = "units", again: Mapping[str, str] | None = None) -> int:
         """Commits finished units together; a unit that is there already is passed over.
+
+        Args:
+            units: what to add.
+            message: why, for the list of versions.
+            again: units that decode one video once more, with its id: their row replaces the older one.
 
         Returns:
             The dataset's version.
@@ -153,7 +157,12 @@ class Writer:
         if not new_videos and videos is not None:
             return videos.version()
         facts = {"message": message, "clips_version": str(clips_version), "config_digest": self.config_digest}
-        return append(self.folder / "videos", VIDEO_SCHEMA, videos, new_videos, facts)
+        replaced = {again[unit] for unit, _ in new_videos if again and unit in again}
+
+        def without(row: dict[str, Any]) -> dict[str, Any] | None:
+            return None if row["video_id"] in replaced else row
+
+        return append(self.folder / "videos", VIDEO_SCHEMA, videos, new_videos, facts, without if replaced else None)
 
     def amend(self, changes: dict[str, dict[str, Any]], message: str) -> int:
         """Rewrites ledger rows in a new version; clips and the versions before stay as they are.
@@ -169,7 +178,7 @@ class Writer:
         table = open_table(root)
         if not changes:
             return table.version()
-        clips_version = _clips_version(self.folder, table.version())
+        clips_version = open_table(self.folder / "clips").version()
         facts = {"message": message, "clips_version": str(clips_version), "config_digest": self.config_digest}
         return rewrite(root, table, VIDEO_SCHEMA, lambda row: {**row, **changes.get(row["video_id"], {})}, facts)
 
@@ -329,10 +338,6 @@ def _clips_version(folder: Path, version: int) -> int:
     raise DatasetError(f"{path} names no clips version: it was not written by lampworks")
 
 
-def _column(file: Path, name: str) -> list[Any]:
-    return pq.read_table(file, columns=[name])[name].to_pylist()
-
-
 def _files_at(root: Path, version: int) -> list[Path]:
     return table_files(open_table(root, version), root)
 
@@ -343,5 +348,8 @@ def _read(files: list[Path], schema: pa.Schema, columns: list[str] | None, key: 
     unknown = [c for c in needed if c not in schema.names]
     if unknown:
         raise DatasetError(f"no column {unknown[0]!r}: there are {', '.join(schema.names)}")
+    gone = next((f for f in files if not f.exists()), None)
+    if gone is not None:
+        raise DatasetError(f"{gone} was removed on request: this version can't be read any more, name a newer one")
     empty = pa.schema([schema.field(c) for c in needed]).empty_table()
     return pa.concat_tables([empty, *(pq.read_table(f, columns=needed) for f in files)]).sort_by(key).select(wanted)

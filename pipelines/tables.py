@@ -28,6 +28,8 @@ from infra.config import UserError
 
 ROW_GROUP = 8
 CHECKPOINT_EVERY = 20
+Change = Callable[[dict[str, Any]], dict[str, Any] | None]
+"""The new row of an old one; None drops it."""
 _UNCOMPRESSED = {"video", "preview", "windows.list.element.preview"}
 
 
@@ -75,13 +77,22 @@ def append(
     table: DeltaTable | None,
     files: list[tuple[str, Path]],
     facts: dict[str, str],
+    without: Change | None = None,
 ) -> int:
     """Commits finished files under `root`, each with the id of its unit; makes the table if it is None.
+
+    Args:
+        root: the table's folder.
+        schema: of the files.
+        table: the table at its newest version.
+        files: (unit id, path) of each.
+        facts: written into the commit.
+        without: changes or drops rows of older files in the same commit, see `rewrite`.
 
     Returns:
         The table's version.
     """
-    adds: list[AddAction | RemoveAction] = [_add(root, path) for _, path in files]
+    actions: list[AddAction | RemoveAction] = [_add(root, path) for _, path in files]
     marks = [Transaction(app_id=unit, version=1) for unit, _ in files]
     properties = CommitProperties(custom_metadata=facts, app_transactions=marks)
     if table is None:
@@ -95,7 +106,11 @@ def append(
             commit_properties=properties,
         )
         return 0
-    table.create_write_transaction(adds, mode="append", schema=Schema.from_arrow(schema), commit_properties=properties)
+    if without is not None:
+        actions += _rewritten(root, table, schema, without)
+    table.create_write_transaction(
+        actions, mode="append", schema=Schema.from_arrow(schema), commit_properties=properties
+    )
     table.update_incremental()
     if table.version() % CHECKPOINT_EVERY == 0:
         table.create_checkpoint()
@@ -127,11 +142,26 @@ def delta_table(root: Path, version: int | None = None) -> DeltaTable | None:
         return None
 
 
+def _rewritten(root: Path, table: DeltaTable, schema: pa.Schema, change: Change) -> list[AddAction | RemoveAction]:
+    actions: list[AddAction | RemoveAction] = []
+    for path in table_files(table, root):
+        old = pq.read_table(path, schema=schema).to_pylist()
+        new = [row for row in map(change, old) if row is not None]
+        if new == old:
+            continue
+        actions.append(_remove(root, path))
+        if new:
+            target = root / f"{path.stem.partition('-')[0]}-{table.version() + 1}.parquet"
+            write_shard(target, new, schema)
+            actions.append(_add(root, target))
+    return actions
+
+
 def rewrite(
     root: Path,
     table: DeltaTable,
     schema: pa.Schema,
-    change: Callable[[dict[str, Any]], dict[str, Any] | None],
+    change: Change,
     facts: dict[str, str],
 ) -> int:
     """Changes or drops rows in a new version; files without such rows, and the versions before, stay as they are.
@@ -146,17 +176,7 @@ def rewrite(
     Returns:
         The table's version.
     """
-    actions: list[AddAction | RemoveAction] = []
-    for path in table_files(table, root):
-        old = pq.read_table(path, schema=schema).to_pylist()
-        new = [row for row in map(change, old) if row is not None]
-        if new == old:
-            continue
-        actions.append(_remove(root, path))
-        if new:
-            target = root / f"{path.stem.partition('-')[0]}-{table.version() + 1}.parquet"
-            write_shard(target, new, schema)
-            actions.append(_add(root, target))
+    actions = _rewritten(root, table, schema, change)
     if not actions:
         return table.version()
     properties = CommitProperties(custom_metadata=facts)

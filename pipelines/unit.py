@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 
 from infra.config import from_dict
-from pipelines.config import CurateConfig, FilterConfig
+from pipelines.config import CurateConfig
 from pipelines.filters import judge, measure
 from pipelines.video import Sampler, Tally, VideoError, encode_clip, strip
 
@@ -72,7 +72,7 @@ class Cutter:
                 windows.append(window)
                 clips += [clip] if clip else []
         return {
-            **_outcome(windows, slots / self.config.fps, sampler.tally.stopped),
+            **outcome_of(windows, slots / self.config.fps, sampler.tally.stopped),
             **_source(sampler),
             "frames_digest": content.hexdigest(),
             "duration_s": slots / self.config.fps,
@@ -90,13 +90,16 @@ class Cutter:
         signals = {**facts, **measure(frames), "cut_frames": sorted(c for c in cuts if 0 < c < size)}
         start_s = first / fps
         reason = judge(signals, self.config.filters)
-        window = {"start_s": start_s, "clip_id": None, "reason": reason, "preview": None, **signals}
+        clip_id = hashlib.sha256(f"{self.digest}/{self.job['content']}/{first}".encode()).hexdigest()[:24]
+        stored = clip_id in self.job["have"]
+        window = {"start_s": start_s, "clip_id": clip_id, "reason": reason, "preview": None, **signals}
         if reason:
+            window["clip_id"] = clip_id if stored else None
             window["preview"] = strip(_evenly([thumb(f) for f in frames[:: max(1, size // THUMBS)]]))
+        if reason or stored:
             return window, None
-        window["clip_id"] = hashlib.sha256(f"{self.digest}/{self.job['content']}/{first}".encode()).hexdigest()[:24]
         clip = {
-            "clip_id": window["clip_id"],
+            "clip_id": clip_id,
             "start_s": start_s,
             "fps": fps,
             "n_frames": size,
@@ -127,8 +130,14 @@ def _corrupt_share(now: Tally, before: Tally) -> float:
     return min(1.0, damaged / max(1, whole))
 
 
-def _outcome(windows: list[dict[str, Any]], seconds: float, stopped: str) -> dict[str, Any]:
-    """The ledger's verdict from the windows' reasons."""
+def outcome_of(windows: list[dict[str, Any]], seconds: float, stopped: str) -> dict[str, Any]:
+    """A video's outcome, stage, reason and detail for the ledger, from its windows' reasons.
+
+    Args:
+        windows: with "reason" each.
+        seconds: of video decoded.
+        stopped: what ended decoding early, if anything did.
+    """
     reasons = [w["reason"] for w in windows if w["reason"]]
     kept = len(windows) - len(reasons)
     if not windows:
@@ -140,11 +149,6 @@ def _outcome(windows: list[dict[str, Any]], seconds: float, stopped: str) -> dic
     if stopped:
         return {"outcome": "partial", "stage": "decode", "reason": worst or "damaged", "detail": stopped}
     return {"outcome": "partial" if reasons else "kept", "stage": "filter", "reason": worst, "detail": detail}
-
-
-def rejudge(windows: list[dict[str, Any]], filters: FilterConfig) -> list[str]:
-    """The windows' reasons under other thresholds, from their stored signals: nothing is decoded."""
-    return [judge(window, filters) for window in windows]
 
 
 def _actions(video: Path, start_s: float, fps: int, count: int) -> list[int] | None:

@@ -111,7 +111,7 @@ AWKWARD = {
 def test_every_awkward_file_has_its_outcome_and_reason(tmp_path, name):
     make, outcome, reason = AWKWARD[name]
     make(tmp_path / name)
-    job = {"path": str(tmp_path / name), "verdict": False, "peek": False}
+    job = {"path": str(tmp_path / name), "verdict": False, "peek": False, "have": []}
     result = curate_video(job, settings(tmp_path, tmp_path), "x")
     assert (result["outcome"], result["reason"]) == (outcome, reason), result["detail"]
     assert bool(result["rows"]) == (outcome in ("kept", "partial"))
