@@ -32,7 +32,7 @@ from models.config import SamplerConfig
 from serving.config import ServeConfig
 from serving.gateway import Gateway
 from serving.protocol import Model, ModelInfo, ModelUnavailable, Prompted, StepJob, Stepped
-from serving.store import SqliteStore
+from serving.store import open_store
 
 if TYPE_CHECKING:
     from serving.engine import Engine
@@ -117,7 +117,7 @@ class GatewayReplica:
         if config.colocated:
             models = {reference: _load_engine(config, path, reference) for reference, path in worlds.items()}
         galleries = {reference: path / "prompts" for reference, path in worlds.items()}
-        store = SqliteStore(Home(config.home).sessions_db)
+        store = open_store(config.store or str(Home(config.home).sessions_db))
         self._gateway = Gateway(config, models, galleries, store)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -56,6 +56,8 @@ class ServeConfig:
     """Folder of artifacts and of the session journal."""
     world: str | tuple[str, ...] = "world"
     """Reference(s) of world artifacts, such as "world" (newest version) or "world@v2"; the first is the default."""
+    store: str | None = None
+    """Session journal: a file, or redis://host:6379/0 for gateways on several machines; None is the home's own file."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback needs `keys`."""
     port: int = 8000

@@ -28,7 +28,7 @@ from serving.pictures import read_picture
 from serving.play import PlaySocket
 from serving.protocol import MAX_SEED, Model, Problem
 from serving.session import Sessions
-from serving.store import Session, SqliteStore
+from serving.store import Session, Store
 
 PLAYER = Path(__file__).parent / "player"
 PAGE_FILES = {
@@ -67,7 +67,7 @@ class Gateway:
     """
 
     def __init__(
-        self, config: ServeConfig, models: Mapping[str, Model], galleries: Mapping[str, Path], store: SqliteStore
+        self, config: ServeConfig, models: Mapping[str, Model], galleries: Mapping[str, Path], store: Store
     ) -> None:
         self.config, self.models, self.store = config, models, store
         self.sessions = Sessions(store, models, config.limits)

@@ -25,7 +25,7 @@ from serving.protocol import (
     Timings,
     check_action,
 )
-from serving.store import Commit, Row, Session, SqliteStore
+from serving.store import Commit, Row, Session, Store
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Sessions:
         limits: bounds on clients.
     """
 
-    def __init__(self, store: SqliteStore, models: Mapping[str, Model], limits: Limits) -> None:
+    def __init__(self, store: Store, models: Mapping[str, Model], limits: Limits) -> None:
         self.store, self.models, self.limits = store, models, limits
 
     async def create(self, frames_THWC: np.ndarray, *, seed: int, model: str, owner: str) -> tuple[Session, str]:

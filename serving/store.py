@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Protocol
+
+from infra.config import UserError
 
 _SCHEMA = """
 create table if not exists sessions(
@@ -88,6 +91,47 @@ class Usage:
     bytes: int
     created_lately: int
     """Sessions created in the last minute."""
+
+
+class Store(Protocol):
+    """Where sessions are kept; `SqliteStore` and `serving.store_redis.RedisStore` say what each door promises."""
+
+    def create(self, session: Session, token: str, rows: Sequence[Row]) -> None: ...  # noqa: D102
+
+    def open(self, session_id: str, token: str) -> Session | None: ...  # noqa: D102
+
+    def attach(self, session_id: str) -> Session | None: ...  # noqa: D102
+
+    def commit(self, session_id: str, epoch: int, row: Row) -> Commit: ...  # noqa: D102
+
+    def row(self, session_id: str, step: int) -> Row | None: ...  # noqa: D102
+
+    def rows(self, session_id: str, first: int, last: int) -> Iterator[Row]: ...  # noqa: D102
+
+    def actions(self, session_id: str) -> list[int]: ...  # noqa: D102
+
+    def fork(self, session_id: str, step: int, new_id: str, token: str, owner: str) -> Session | None: ...  # noqa: D102
+
+    def delete(self, session_id: str) -> None: ...  # noqa: D102
+
+    def usage(self, owner: str) -> Usage: ...  # noqa: D102
+
+    def close(self) -> None: ...  # noqa: D102
+
+
+def open_store(address: str) -> Store:
+    """The journal at a path (SQLite) or at a redis:// URL.
+
+    Raises:
+        UserError: a redis:// URL, but the Redis client is not installed.
+    """
+    if not address.startswith(("redis://", "rediss://", "unix://")):
+        return SqliteStore(Path(address))
+    try:
+        from serving.store_redis import RedisStore  # an extra: one machine needs no Redis
+    except ImportError as error:
+        raise UserError(f"--store {address} needs the Redis client: pip install 'lampworks[cluster]'") from error
+    return RedisStore(address)
 
 
 class SqliteStore:

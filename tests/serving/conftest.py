@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import socket
+import subprocess
 import threading
 import time
 
@@ -30,7 +32,7 @@ from serving.app import serve_world
 from serving.config import ServeConfig
 from serving.engine import Engine
 from serving.gateway import Gateway
-from serving.store import SqliteStore
+from serving.store import open_store
 
 SIZE, ACTIONS, FRAMES = 32, 5, 6
 SAMPLER = SamplerConfig(steps=2)
@@ -94,7 +96,7 @@ def listening(app):
 @contextlib.contextmanager
 def gateway_of(home, engine, database, **settings):
     """The doors over an engine in this process, without Ray: the same application that a Serve replica runs."""
-    store = SqliteStore(database)
+    store = open_store(str(database))
     prompts = {engine.info.reference: home.artifacts / "toy" / "v1" / "prompts"}
     gateway = Gateway(
         ServeConfig(home=home.path, world="toy", **settings), {engine.info.reference: engine}, prompts, store
@@ -137,3 +139,36 @@ def replicas(deployment):
         actor = ray.get_actor(name, namespace="serve")
         found.append(ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=20))
     return found
+
+
+def start_redis(folder, url):
+    """A Redis at a URL's port that hands every commit to the kernel before it answers."""
+    port = url.rpartition(":")[2]
+    options = ["--port", port, "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--loglevel", "warning"]
+    durable = ["--appendonly", "yes", "--appendfsync", "everysec"]
+    server = subprocess.Popen(["redis-server", *map(str, options), *durable], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), 1):
+            return server
+        time.sleep(0.02)
+    stop(server)
+    raise AssertionError("redis-server did not start")
+
+
+def stop(process):
+    process.kill()
+    process.wait()
+
+
+@contextlib.contextmanager
+def running_redis(folder):
+    """A Redis on a free port: its URL and its process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"redis://127.0.0.1:{probe.getsockname()[1]}"
+    server = start_redis(folder, url)
+    try:
+        yield url, server
+    finally:
+        stop(server)

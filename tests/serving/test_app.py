@@ -17,8 +17,20 @@ from serving.app import serve_world
 from serving.client import AsyncPlayer, WorldClient
 from serving.config import ServeConfig
 from serving.pictures import decode_jpeg, encode_jpeg
-from serving.store import SqliteStore
-from tests.serving.conftest import ACTIONS, GATEWAY, MODEL, SAMPLER, SIZE, picture, replicas
+from serving.store import SqliteStore, open_store
+from tests.serving.conftest import (
+    ACTIONS,
+    GATEWAY,
+    MODEL,
+    SAMPLER,
+    SIZE,
+    gateway_of,
+    picture,
+    replicas,
+    running_redis,
+    start_redis,
+    stop,
+)
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +127,35 @@ def test_killed_replicas_cost_no_step(served, world, seed):
     """The journal's process is the gateway itself, so killing gateways also kills writers of the journal mid-commit."""
     victims = [GATEWAY, MODEL] if seed % 2 else [MODEL, GATEWAY]
     check_kills(served, world, seed, range(10 * seed, 10 * seed + 4), 150, victims)
+
+
+def test_a_killed_journal_costs_no_step(served_home, engine, world, tmp_path):
+    """Redis as the journal, killed twice under load and started again."""
+    sessions, steps = range(40, 43), 60
+    with running_redis(tmp_path) as (address, server), gateway_of(served_home, engine, address) as url:
+        servers = [server]
+
+        def kill():
+            for _ in range(2):
+                time.sleep(0.4)
+                servers[-1].kill()
+                servers[-1].wait()
+                time.sleep(0.3)
+                servers.append(start_redis(tmp_path, address))
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        played = asyncio.run(play_through(url, sessions, steps))
+        killer.join()
+        store = open_store(address)
+        for number, (player, acts, seen, _) in zip(sessions, played, strict=True):
+            rows = list(store.rows(player.id, 0, 10**9))
+            assert [r.step for r in rows] == list(range(steps + 1))
+            want = uninterrupted(world, picture(number, SIZE, SIZE), number, acts)
+            assert all(np.array_equal(a, b) for a, b in zip(seen, want, strict=True))
+        store.close()
+        stop(servers[-1])
+    assert len(servers) == 3
 
 
 @pytest.mark.slow

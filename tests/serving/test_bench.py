@@ -24,8 +24,6 @@ def test_no_server_is_one_clear_sentence():
 @pytest.mark.parametrize(
     ("given", "says"), [({"sessions": 0}, "--sessions is 0"), ({"rate_fps": -1}, "--rate-fps is -1")]
 )
-    ("given", "says"), [({"sessions": 0}, "--sessions is 0"), ({"rate_fps": -1}, "--rate-fps is -1")]
-)
 def test_a_wrong_setting_says_so(given, says):
     with pytest.raises(UserError, match=says):
         BenchConfig(**given)

@@ -3,7 +3,8 @@ import time
 
 import pytest
 
-from serving.store import Commit, Row, Session, SqliteStore
+from serving.store import Commit, Row, Session, open_store
+from tests.serving.conftest import running_redis, start_redis, stop
 
 
 def row(step, action=0, context=1):
@@ -18,9 +19,19 @@ def session(name="s", **given):
     return Session(**(values | given))
 
 
+@pytest.fixture(params=["sqlite", "redis"])
+def address(request, tmp_path):
+    """Where a fresh journal is: a path, or the URL of a Redis of its own."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "sessions.db")
+        return
+    with running_redis(tmp_path) as (url, _):
+        yield url
+
+
 @pytest.fixture
-def store(tmp_path):
-    store = SqliteStore(tmp_path / "sessions.db")
+def store(address):
+    store = open_store(address)
     store.create(session(), "secret", [row(0, -1)])
     yield store
     store.close()
@@ -34,7 +45,7 @@ def test_a_session_opens_with_its_own_token_only(store):
 
 def test_the_token_is_not_in_the_file(store, tmp_path):
     store.close()
-    assert all(b"secret" not in p.read_bytes() for p in tmp_path.iterdir())
+    assert all(b"secret" not in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
 def test_a_step_lands_once_and_only_in_order(store):
@@ -54,11 +65,11 @@ def test_attaching_fences_the_one_before(store):
     assert store.commit("nobody", 0, row(1)) is Commit.GONE
 
 
-def test_of_many_writers_of_one_step_exactly_one_wins(tmp_path, store):
+def test_of_many_writers_of_one_step_exactly_one_wins(address, store):
     outcomes, steps = [], 30
 
     def write(number):
-        mine = SqliteStore(tmp_path / "sessions.db")
+        mine = open_store(address)
         for step in range(1, steps + 1):
             while (done := mine.commit("s", 0, row(step, action=number))) is Commit.GAP:
                 time.sleep(0.001)
@@ -96,3 +107,19 @@ def test_usage_counts_sessions_bytes_and_fresh_ones(store):
     assert store.usage("me").sessions == 1
     assert store.row("s", 0) is None
     assert store.usage("stranger") == store.usage("nobody")
+
+
+def test_a_killed_redis_loses_nothing_and_is_waited_for(tmp_path):
+    with running_redis(tmp_path) as (url, server):
+        store = open_store(url)
+        store.create(session(), "secret", [row(0, -1)])
+        for step in range(1, 30):
+            assert store.commit("s", 0, row(step)) is Commit.OK
+        server.kill()
+        server.wait()
+        threading.Timer(0.5, lambda: restarted.append(start_redis(tmp_path, url))).start()
+        restarted = []
+        assert store.commit("s", 0, row(30)) in (Commit.OK, Commit.DUPLICATE), "a lost reply may be asked for again"
+        assert [r.step for r in store.rows("s", 0, 99)] == list(range(31))
+        store.close()
+        stop(restarted[0])
