@@ -32,7 +32,7 @@ COMMANDS = {
     ),
     "record": Command("play games and write videos", "pipelines.config:RecordConfig", "pipelines.gameplay:record"),
     "curate": Command(
-        "[SOURCE]: videos -> clip shards", "pipelines.config:CurateConfig", "pipelines.curate:curate", ("--source",)
+        "[SOURCE]: videos -> clip shards", "pipelines.config:CurateConfig", "pipelines.curate:command", ("--source",)
     ),
     "train": Command(
         "STAGE: tokenizer | actions | dynamics | world",
@@ -65,6 +65,10 @@ COMMANDS = {
     ),
     "show": Command(
         "[NAME | preset NAME]: datasets, artifacts, lineage", "infra.config:ShowConfig", ":show", ("--what", "--name")
+    ),
+    "forget": Command(
+        "[NAME]: remove a video's or an uploader's footage", "pipelines.config:ForgetConfig", "pipelines.revise:forget",
+        ("--name",),
     ),
     "doctor": Command("check this machine, say the fix", "infra.config:DoctorConfig", ":doctor"),
 }

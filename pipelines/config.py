@@ -161,6 +161,10 @@ class CurateConfig:
     """How many videos that were refused by their metadata alone get a picture strip for the report."""
     workers: int | None = None
     """Curating processes; None takes the cluster's cores."""
+    dry_run: bool = False
+    """Print the settings, the work and its estimated cost, and stop."""
+    explain: str | None = None
+    """Print every rule's verdict on this video (id or file name) and its ledger row, and stop."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The Ray cluster to run on."""
 
@@ -181,6 +185,24 @@ class CurateConfig:
             raise UserError(f"--name is {self.name!r}: use letters, digits, dot, dash and underscore")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForgetConfig:
+    """Removes a video's or an uploader's footage from a dataset, older versions included: for takedown requests."""
+
+    name: str
+    """The dataset."""
+    home: Path = Path("lampworks-home")
+    """The home that holds it."""
+    video: str | None = None
+    """Id of the video."""
+    uploader: str | None = None
+    """All videos of this uploader."""
+
+    def __post_init__(self) -> None:
+        if (self.video is None) == (self.uploader is None):
+            raise UserError("give either --video or --uploader")
+
+
 # -- evaluate and report -----------------------------------------------------------------------------------------
 
 
@@ -198,6 +220,8 @@ class EvaluateConfig:
     """Held-out windows to measure on. More give narrower intervals and take longer."""
     prompts: int = 8
     """Frames from which every action is held, to see what it does."""
+    steps: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Numbers of refinement steps to compare; none compares none."""
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(steps=8))
     """How frames are drawn."""
     batch: int = 64

@@ -28,6 +28,7 @@ from infra.cluster import connect
 from infra.config import Home, UserError, digest, to_dict
 from pipelines.config import CurateConfig
 from pipelines.dedup import mark_same_frames
+from pipelines.explain import estimate, explain, source_of
 from pipelines.manifest import Plan, open_plan, plan_again
 from pipelines.revise import judge_again, mark_judged
 from pipelines.shards import CLIP_SCHEMA, VIDEO_SCHEMA, Dataset, Unit, Writer, open_dataset
@@ -72,10 +73,9 @@ def curate(config: CurateConfig) -> CurateResult:
     """
     home = Home(config.home).ensure()
     folder = home.datasets / config.name
-    source = Path(config.source) if config.source else home.raw
     with _locked(folder):
         writer = Writer(folder, digest(_bearing(config)))
-        plan = open_plan(folder, source, config, writer.config_digest)
+        plan = open_plan(folder, source_of(config), config, writer.config_digest)
         pending = _recover(writer, plan)
         incomplete = judge_again(writer, config.filters)
         if incomplete:
@@ -87,6 +87,13 @@ def curate(config: CurateConfig) -> CurateResult:
         mark_judged(folder, config.filters)
         mark_same_frames(writer, plan)
     return _summary(home, config.name)
+
+
+def command(config: CurateConfig) -> CurateResult | str:
+    """`lampworks curate`: with --dry-run or --explain it only says what would happen, or why it did."""
+    if config.explain is not None:
+        return explain(config, config.explain)
+    return estimate(config) if config.dry_run else curate(config)
 
 
 def _bearing(config: CurateConfig) -> dict[str, Any]:

@@ -181,6 +181,17 @@ def open_plan(folder: Path, source: Path, config: CurateConfig, config_digest: s
     return Plan([*old, *_added(folder, _planned(new, old, config, config_digest))])
 
 
+def new_rows(folder: Path, source: Path, config: CurateConfig) -> list[dict[str, Any]]:
+    """What the next plan would hold; nothing is written.
+
+    Raises:
+        UserError: no such source, or nothing in it.
+    """
+    old = planned(folder)
+    known = {row["uri"] for row in old}
+    return _planned([s for s in scan(source) if s.uri not in known], old, config, "")
+
+
 def planned(folder: Path) -> list[dict[str, Any]]:
     """The rows of every plan of a dataset, in order."""
     return [row for path in sorted((folder / "plans").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]

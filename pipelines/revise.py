@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from infra.config import Home, digest, to_dict
-from pipelines.config import FilterConfig
+from pipelines.config import FilterConfig, ForgetConfig
 from pipelines.filters import judge
 from pipelines.manifest import PLAN_SCHEMA
 from pipelines.shards import CLIP_SCHEMA, KEPT, VIDEO_SCHEMA, Writer, open_dataset, open_ledger
@@ -79,22 +79,23 @@ def _judge_video(
 # -- takedown ----------------------------------------------------------------------------------------------------
 
 
-def forget(home: Home | Path, name: str, *, video_id: str | None = None, uploader: str | None = None) -> int:
-    """Removes a video's, or an uploader's, footage from every table and file of a dataset, older versions included.
+def forget(config: ForgetConfig) -> str:
+    """Removes footage from every table and file of a dataset, older versions and tokens included.
 
     A ledger row stays, bare of pictures and texts, so that the next curation does not take the video again.
 
     Returns:
-        How many videos were forgotten.
+        A sentence that says what is gone.
 
     Raises:
         DatasetError: nothing in the dataset answers to it.
     """
-    dataset = open_dataset(home, name)
+    name = config.name
+    dataset = open_dataset(Home(config.home), name)
     writer = Writer(dataset.folder)
-    key, value = ("video_id", video_id) if video_id else ("uploader", uploader)
+    key, value = ("video_id", config.video) if config.video else ("uploader", config.uploader)
     ledger = open_ledger(dataset.folder, ["video_id", "uploader", "outcome"])
-    gone = {row["video_id"] for row in ledger if row[key] == value and value}
+    gone = {row["video_id"] for row in ledger if row[key] == value}
     if not gone:
         raise DatasetError(f"dataset {name!r} has no video with {key} {value!r}: see its ledger")
     clips = dataset.folder / "clips"
@@ -106,7 +107,7 @@ def forget(home: Home | Path, name: str, *, video_id: str | None = None, uploade
     _delete_unreferenced(dataset.folder / "videos", lambda row: row["video_id"] in gone)
     _scrub_plans(dataset.folder / "plans", gone)
     log.info("forget | %s | %d videos | %d clips", name, len(gone), len(held))
-    return len(gone)
+    return f"{len(gone)} videos with {len(held)} clips are gone from {name}, older versions included"
 
 
 def _tombstone() -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pytest
 from footage import film, scroll, settings
 
 from infra.config import UserError
-from pipelines.config import FilterConfig
+from pipelines.config import FilterConfig, ForgetConfig
 from pipelines.curate import curate
 from pipelines.revise import forget
 from pipelines.shards import open_dataset
@@ -63,13 +63,13 @@ def test_only_what_was_never_encoded_is_decoded_again(tmp_path, ray_cluster, fir
     assert once_more.version == loose.version
 
 
-@pytest.mark.parametrize("by", [{"video_id": "b"}, {"uploader": "by b"}])
+@pytest.mark.parametrize("by", [{"video": "b"}, {"uploader": "by b"}])
 def test_forgotten_footage_is_in_no_file(tmp_path, first, by):
     before = clips(first)
     lost = set(before) - clips_without(first, "b")
     secret = [before[c] for c in lost]
     assert len(secret) == 2
-    assert forget(tmp_path, "small", **by) == 1
+    assert "1 videos with 2 clips" in forget(ForgetConfig(home=tmp_path, name="small", **by))
     after = dataclasses.replace(first, dataset=open_dataset(tmp_path, "small"))
     assert clips(after) == {c: video for c, video in before.items() if c not in lost}
     with pytest.raises(UserError, match="removed on request"):
@@ -89,4 +89,6 @@ def clips_without(result, video_id):
 
 def test_forgetting_a_stranger_is_one_sentence(tmp_path, first):
     with pytest.raises(UserError, match="no video with video_id 'x'"):
-        forget(tmp_path, "small", video_id="x")
+        forget(ForgetConfig(home=tmp_path, name="small", video="x"))
+    with pytest.raises(UserError, match="either"):
+        ForgetConfig(home=tmp_path, name="small")

@@ -1,0 +1,106 @@
+"""What a curation would do, and why it did what it did: `--dry-run` and `--explain VIDEO`.
+
+lampworks curate --source videos/ --dry-run
+lampworks curate --source videos/ --explain dQw4w9WgXcQ
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from infra.config import Home, UserError, to_dict
+from pipelines.config import CurateConfig
+from pipelines.filters import Rules
+from pipelines.manifest import Source, new_rows, scan
+from pipelines.shards import open_ledger
+from pipelines.tables import delta_table
+from pipelines.unit import Child
+
+SAMPLE = 3
+
+
+def source_of(config: CurateConfig) -> Path:
+    """The folder that a configuration curates."""
+    return Path(config.source) if config.source else Home(config.home).raw
+
+
+def estimate(config: CurateConfig) -> str:
+    """The resolved settings, the work by outcome of the rules, and its cost from a few decoded videos; writes nothing.
+
+    Raises:
+        UserError: no such source, or nothing in it.
+    """
+    folder = Home(config.home).datasets / config.name
+    rows = new_rows(folder, source_of(config), config)
+    wanted = [row for row in rows if not row["verdict"]]
+    seconds = sum(row["duration_s"] or 0.0 for row in wanted)
+    refused = Counter(row["reason"] for row in rows if row["verdict"])
+    lines = [
+        json.dumps(to_dict(config), indent=1, ensure_ascii=False),
+        f"new videos   {len(rows)} ({sum(row['size_bytes'] for row in rows) / 2**30:.2f} GiB)",
+        f"refused      {sum(refused.values())} by metadata: {_listed(refused)}",
+        f"to decode    {len(wanted)} videos, {seconds / 3600:.2f} hours, {len({r['unit_id'] for r in wanted})} units",
+    ]
+    return "\n".join([*lines, *_cost(config, wanted, seconds)])
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in counts.most_common()) or "none"
+
+
+def _cost(config: CurateConfig, wanted: list[dict[str, Any]], seconds: float) -> Iterable[str]:
+    sample = [wanted[round(i * (len(wanted) - 1) / max(1, SAMPLE - 1))] for i in range(min(SAMPLE, len(wanted)))]
+    child = Child(to_dict(config), "")
+    plain: dict[str, Any] = {"verdict": False, "peek": False, "have": list[str]()}
+    jobs = [{"path": row["path"], **plain} for row in sample]
+    done = [child.run(job, config.timeout_s) for job in jobs]
+    child.stop()
+    shown = sum(result.get("duration_s", 0.0) for result in done)
+    if not shown:
+        return [f"cost         unknown: none of {len(sample)} sampled videos could be decoded"]
+    clips = [clip for result in done for clip in result["rows"]]
+    scale = seconds / shown
+    spent = sum(result["seconds"] for result in done)
+    size = sum(len(clip["video"]) for clip in clips)
+    return [
+        f"sampled      {len(sample)} videos: {shown / spent:.0f}x real time on one core, {len(clips)} clips kept",
+        f"estimate     {spent * scale / 3600:.2f} core-hours, {len(clips) * scale:.0f} clips, "
+        f"{size * scale / 2**30:.2f} GiB",
+    ]
+
+
+def explain(config: CurateConfig, video: str) -> str:
+    """Every rule's verdict on one video, and what the ledger says of it and its clips.
+
+    Raises:
+        UserError: the source has no such video.
+    """
+    source = _find(scan(source_of(config)), video)
+    lines = [f"{source.uri} ({source.name})"]
+    for name, verdict in Rules(config.rules).explain(source.metadata):
+        lines.append(f"  rule {name:13} {f'REFUSED {verdict.reason}: {verdict.detail}' if verdict else 'passed'}")
+    return "\n".join([*lines, *_history(Home(config.home).datasets / config.name, source.uri)])
+
+
+def _find(sources: list[Source], video: str) -> Source:
+    for source in sources:
+        if video in (source.name, source.uri, source.path.name, str(source.path)):
+            return source
+    raise UserError(f"no video {video!r} among {len(sources)} in the source: give its id or file name")
+
+
+def _history(folder: Path, uri: str) -> Iterable[str]:
+    if delta_table(folder / "videos") is None:
+        return ["not curated yet"]
+    columns = ["uri", "outcome", "stage", "reason", "detail", "windows"]
+    row = next((r for r in open_ledger(folder, columns) if r["uri"] == uri), None)
+    if row is None:
+        return ["not curated yet"]
+    lines = [f"{row['outcome']} | stage {row['stage']} | {row['reason'] or 'no objection'} | {row['detail']}"]
+    for window in row["windows"] or ():
+        signals = ", ".join(f"{k} {window[k]:.3g}" for k in ("static_share", "black_share", "blur", "held_share"))
+        state = window["reason"] or "kept"
+        lines.append(f"  {window['start_s']:7.1f} s {state:15} {signals}, cuts {len(window['cut_frames'])}")
+    return lines
