@@ -1,6 +1,5 @@
 import json
 import math
-import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,42 +11,22 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from infra.artifact import ArtifactError, find, lineage
-from infra.config import Home, UserError
+from infra.config import UserError
 from infra.tracking import NOTE_TAG
 from models.checkpoint import load_model
 from models.config import SamplerConfig
 from models.world import World
 from pipelines.checkpoints import Checkpoints
-from pipelines.config import KeepConfig, OptimizerConfig, TokenizeConfig, TrainConfig
+from pipelines.config import KeepConfig, OptimizerConfig, TrainConfig
 from pipelines.feed import local_batches
 from pipelines.loop import Diverged, Loop, learning_rate
 from pipelines.stages import build, parameters, plan_job
-from pipelines.tokenize import tokenize
 from pipelines.train import Interrupted, starting_step, train
 from pipelines.zero import PlainEngine
 from tests.pipelines.clips import write_dataset
 from tests.pipelines.ranks import config, losses
 
 STAGES = ("tokenizer", "actions", "dynamics", "world")
-
-
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory, empty_store, ray_cluster):
-    """A home in which every stage can be trained."""
-    home = Home(tmp_path_factory.mktemp("ground") / "home").ensure()
-    shutil.copy(empty_store, home.path / "mlflow.db")
-    write_dataset(home)
-    train(config(home, steps=4))
-    train(config(home, steps=4, stage="actions"))
-    tokenize(TokenizeConfig(home=home.path, dataset="toys"))
-    return home
-
-
-@pytest.fixture
-def place(ground, tmp_path):
-    """A copy of it, to write into."""
-    shutil.copytree(ground.path, tmp_path / "place", ignore=shutil.ignore_patterns("runs"))
-    return Home(tmp_path / "place")
 
 
 class Killed(RuntimeError):

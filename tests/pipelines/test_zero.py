@@ -1,32 +1,19 @@
 """Numerics of DeepSpeed's engines in two plain torch processes: the same loop, batches and checkpoints, without Ray."""
 
 import random
-import shutil
 
 import pytest
 
-from infra.config import Home, UserError
+from infra.config import UserError
 from pipelines.checkpoints import Checkpoints
-from pipelines.config import TokenizeConfig
 from pipelines.stages import build, plan_job
-from pipelines.tokenize import tokenize
 from pipelines.train import train
 from pipelines.zero import PlainEngine, make_optimizer, parameter_groups
-from tests.pipelines.clips import write_dataset
+from tests.pipelines.conftest import copy_of
 from tests.pipelines.ranks import config, losses, run_ranks
 
 STAGES = ("tokenizer", "actions", "dynamics", "world")
 ZERO = (0, 1, 2, 3)
-
-
-def prepare(home, empty_store):
-    home.ensure()
-    shutil.copy(empty_store, home.path / "mlflow.db")
-    write_dataset(home)
-    train(config(home, steps=4))
-    train(config(home, steps=4, stage="actions"))
-    tokenize(TokenizeConfig(home=home.path, dataset="toys"))
-    return home
 
 
 def on_ranks(home, name, zero, **changes):
@@ -38,20 +25,16 @@ def read(settings, name="loss"):
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory, empty_store, ray_cluster):
-    return prepare(Home(tmp_path_factory.mktemp("zero") / "home"), empty_store)
-
-
-@pytest.fixture(scope="module")
-def runs(ground):
+def runs(ground, tmp_path_factory):
     """Whole runs; runs that die and go on; runs on 2, then 1, then 2 workers. Three starts of the processes for all."""
+    home = copy_of(ground, tmp_path_factory.mktemp("zero") / "home")
     names = ("whole", "broken", "elastic")
-    whole, broken, elastic = ([on_ranks(ground, name, z) for z in ZERO] for name in names)
-    world = [on_ranks(ground, "world", 1, stage="world")]
+    whole, broken, elastic = ([on_ranks(home, name, z) for z in ZERO] for name in names)
+    world = [on_ranks(home, "world", 1, stage="world")]
     run_ranks([(c, None) for c in whole + world] + [(c, 3) for c in broken] + [(c, 2) for c in elastic])
     run_ranks([(c, 4) for c in elastic], world=1)
     run_ranks([(c, None) for c in broken + elastic])
-    return ground
+    return home
 
 
 def test_every_zero_stage_computes_what_one_process_computes(runs):
@@ -84,9 +67,9 @@ def test_two_workers_then_one_then_two_see_the_same_and_learn_the_same(runs, zer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_curves_of_fifty_steps_agree(ground, stage):
-    whole = [on_ranks(ground, "long", z, stage=stage, steps=50, checkpoint_every=25) for z in ZERO]
-    plain = config(ground, name="longplain", stage=stage, steps=50, checkpoint_every=25)
+def test_curves_of_fifty_steps_agree(place, stage):
+    whole = [on_ranks(place, "long", z, stage=stage, steps=50, checkpoint_every=25) for z in ZERO]
+    plain = config(place, name="longplain", stage=stage, steps=50, checkpoint_every=25)
     train(plain)
     run_ranks([(c, None) for c in whole])
     for settings in whole:
@@ -95,11 +78,11 @@ def test_curves_of_fifty_steps_agree(ground, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_ten_deaths_at_random_steps_change_nothing(ground, stage):
+def test_ten_deaths_at_random_steps_change_nothing(place, stage):
     rng = random.Random(stage)
     seeds = {seed: sorted(rng.sample(range(1, 11), 2)) for seed in range(10)}
-    work = {s: on_ranks(ground, f"seed{s}-", 1 + s % 3, stage=stage, steps=11, seed=s) for s in seeds}
-    whole = {s: on_ranks(ground, f"still{s}-", 1 + s % 3, stage=stage, steps=11, seed=s) for s in seeds}
+    work = {s: on_ranks(place, f"seed{s}-", 1 + s % 3, stage=stage, steps=11, seed=s) for s in seeds}
+    whole = {s: on_ranks(place, f"still{s}-", 1 + s % 3, stage=stage, steps=11, seed=s) for s in seeds}
     for turn in (0, 1):
         run_ranks([(work[s], seeds[s][turn]) for s in seeds])
     run_ranks([(c, None) for c in (*work.values(), *whole.values())])
