@@ -44,7 +44,7 @@ def demo_world() -> WorldConfig:
     when the picture shifts by whole patches, so that dynamics learn early), and the latent action model predicts a
     change of the last frame (so that it does not first learn the palette). `coinrun` is the faithful preset.
     """
-    frames, codes, actions = 8, 512, 6
+    frames, codes, actions = 8, 256, 6
     return WorldConfig(
         fps=10.0,
         tokenizer=TokenizerConfig(
@@ -143,7 +143,7 @@ def demo_path(home: Path = Path("lampworks-home")) -> PathConfig:
             home=home,
             stage="tokenizer",
             model=world,
-            steps=600,
+            steps=500,
             batch=16,
             micro_batch=8,
             optimizer=OptimizerConfig(lr=2e-3, final_lr=2e-4, warmup_steps=50),
@@ -153,7 +153,7 @@ def demo_path(home: Path = Path("lampworks-home")) -> PathConfig:
             home=home,
             stage="world",
             model=world,
-            steps=1500,
+            steps=1200,
             batch=16,
             micro_batch=8,
             optimizer=OptimizerConfig(lr=1.5e-3, final_lr=1.5e-4, warmup_steps=50),
