@@ -1,12 +1,15 @@
 """Whether actions steer a world: rollouts of many prompts at once, delta-PSNR, and what holding an action does."""
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from models.metrics import frechet_distance, random_features
 from models.sampler import Window
 from models.world import World
 from pipelines import figures
@@ -21,6 +24,7 @@ from pipelines.measures import (
     Pixels,
     directions,
     frame_psnr,
+    in_batches,
     interval,
     live_codes,
     moving_half,
@@ -29,6 +33,8 @@ from pipelines.measures import (
 
 HEADLINE_T = 4
 """The generated frame at which the paper states delta-PSNR."""
+REFINED = 32
+"""Windows that are rolled out once more for each number of refinement steps."""
 FORCED = 64
 """Windows of the teacher-forced reading: its variance is low, and each needs its whole past in the cache."""
 
@@ -101,6 +107,59 @@ def control(findings: Findings, world: World, clips: Clips, config: EvaluateConf
     shown = np.flatnonzero(moving)[:3]
     rows = {"truth": truth, "inferred actions": made[0], "shuffled actions": made[1]}
     findings.add_sheet("rollouts", {n: np.concatenate([prompt[shown], f[shown]], axis=1) for n, f in rows.items()})
+
+
+def distances(findings: Findings, world: World, clips: Clips, config: EvaluateConfig) -> None:
+    """Frechet distance on random features (frd3d) of what the world makes to held-out footage, beside what it can be.
+
+    One half of the windows (every other) is the reference; all else is made of the other half, so every number has the
+    same clips and count behind it. Few windows bias it upwards: read it against the floor.
+    """
+    n = len(clips.frames) // 2
+    if n < 2:
+        return
+    reference, other = clips.frames[: 2 * n : 2], clips.frames[1 : 2 * n : 2]
+    tokens, latent = clips.tokens[1 : 2 * n : 2], clips.latent[1 : 2 * n : 2]
+    made = rollouts(world, tokens[:, :1], np.empty((n, 0), np.int64), latent, range(n), config)
+    decoded = in_batches(world.tokenizer.decode, tokens, config)
+    order = np.random.default_rng(config.seed).permutation(other.shape[1])
+    sides = {
+        "frd3d_floor": other,
+        "frd3d_tokens": decoded,
+        "frd3d": np.concatenate([other[:, :1], made], axis=1),
+        "frd3d_shuffled": other[:, order],
+        "frd3d_frozen": other[:, :1].repeat(other.shape[1], axis=1),
+    }
+    known = in_batches(random_features, reference, config)
+    for name, frames in sides.items():
+        found = frechet_distance(*map(torch.from_numpy, (known, in_batches(random_features, frames, config))))
+        findings.metrics[name] = found
+    findings.metrics["frd3d_windows"] = float(n)
+
+
+def refinement(findings: Findings, world: World, clips: Clips, config: EvaluateConfig) -> None:
+    """What fewer or more refinement steps a frame do to rollouts under the inferred actions, and what they cost."""
+    n = min(len(clips.tokens), REFINED)
+    nothing = np.empty((n, 0), np.int64)
+    rows: list[dict[str, float]] = []
+    for steps in config.steps:
+        start = time.perf_counter()
+        settings = replace(config, sampler=replace(config.sampler, steps=steps))
+        made = rollouts(world, clips.tokens[:n, :1], nothing, clips.latent[:n], range(n), settings)
+        rate = made.shape[0] * made.shape[1] / (time.perf_counter() - start)
+        quality = frame_psnr(clips.frames[:n, 1:], made)
+        rows.append({"steps": steps, "psnr_db": quality.mean(), "first_psnr_db": quality[:, 0].mean(), "fps": rate})
+    if not rows:
+        return
+    curves = {"first frame": "first_psnr_db", "all frames": "psnr_db"}
+    lines = [
+        Line(label=name, x=[row["steps"] for row in rows], y=[row[key] for row in rows], tone=tone)
+        for tone, (name, key) in enumerate(curves.items())
+    ]
+    findings.tables["refinement"] = {"windows": n, "rows": rows}
+    findings.charts["refinement"] = line_chart(
+        lines, x_label="refinement steps a frame", y_label="PSNR (dB)", whole=True
+    )
 
 
 def _charts(control: dict[str, Any]) -> dict[str, str]:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
 from infra.artifact import Artifact, find, publish, resolve
 from infra.config import Home, UserError, digest, to_dict
@@ -22,7 +21,7 @@ from models.metrics import perplexity, ssim
 from models.world import World
 from pipelines import figures
 from pipelines.config import EvaluateConfig
-from pipelines.control import control, holding
+from pipelines.control import control, distances, holding, refinement
 from pipelines.measures import (
     DIRECTIONS,
     Clips,
@@ -33,6 +32,7 @@ from pipelines.measures import (
     by_chance,
     directions,
     frame_psnr,
+    in_batches,
     live_codes,
     merge_rare,
     moving_half,
@@ -88,7 +88,7 @@ def measure(world: World, frames: Pixels, true_actions: Ints | None, config: Eva
     """
     clips = _read(world, frames, true_actions, config)
     findings = Findings()
-    for part in (_tokenizer, _stability, _latent_actions, _prediction, control, holding):
+    for part in (_tokenizer, _stability, _latent_actions, _prediction, control, holding, distances, refinement):
         part(findings, world, clips, config)
         log.info("evaluate | %s | done", part.__name__.strip("_"))
     windows, length, height, width = frames.shape[:4]
@@ -126,7 +126,7 @@ def bars(metrics: dict[str, float], actions: int) -> list[dict[str, Any]]:
 
 def _tokenizer(findings: Findings, world: World, clips: Clips, config: EvaluateConfig) -> None:
     """What the tokens keep of the pictures, beside the copy of the frame before."""
-    decoded = _in_batches(world.tokenizer.decode, clips.tokens, config)
+    decoded = in_batches(world.tokenizer.decode, clips.tokens, config)
     quality, copied = frame_psnr(clips.frames, decoded), frame_psnr(clips.frames[:, 1:], clips.frames[:, :-1])
     moving = moving_half(clips.frames)
     size = world.config.tokenizer.codebook.size
@@ -134,9 +134,7 @@ def _tokenizer(findings: Findings, world: World, clips: Clips, config: EvaluateC
     findings.metrics |= {
         "tokenizer_psnr_db": quality.mean(),
         "tokenizer_psnr_moving_db": quality[moving].mean(),
-        "tokenizer_ssim": float(
-            np.mean([ssim(*map(torch.from_numpy, pair)).mean() for pair in zip(decoded, clips.frames, strict=True)])
-        ),
+        "tokenizer_ssim": float(ssim(torch.from_numpy(decoded[:, -1]), torch.from_numpy(clips.frames[:, -1])).mean()),
         "copy_psnr_db": copied.mean(),
         "copy_psnr_moving_db": copied[moving].mean(),
         "tokenizer_gain_db": quality[:, 1:].mean() - copied.mean(),
@@ -155,8 +153,8 @@ def _stability(findings: Findings, world: World, clips: Clips, config: EvaluateC
     still = np.repeat(last, clips.frames.shape[1], axis=1)
     moved = np.concatenate([still[:, 1:], np.roll(last, settings.patch, axis=3)], axis=1)
     grid = (len(last), -1, settings.rows, settings.columns)
-    kept = _in_batches(world.tokenizer.encode, still, config).reshape(grid)
-    after = _in_batches(world.tokenizer.encode, moved, config).reshape(grid)
+    kept = in_batches(world.tokenizer.encode, still, config).reshape(grid)
+    after = in_batches(world.tokenizer.encode, moved, config).reshape(grid)
     findings.metrics |= {
         "token_stability_still": (kept[:, -1] == kept[:, -2]).mean(),
         "token_stability_shift": (after[:, -1, :, 1:-1] == after[:, -2, :, :-2]).mean(),
@@ -215,24 +213,14 @@ def _prediction(findings: Findings, world: World, clips: Clips, config: Evaluate
     findings.metrics["masked_loss"], findings.metrics["masked_accuracy"] = (sums / len(clips.tokens)).tolist()
 
 
-def _in_batches(function: Any, values: NDArray[Any], config: EvaluateConfig) -> NDArray[Any]:
-    """A model's function over the first dimension, `config.batch` at a time."""
-    with torch.inference_mode():
-        parts = [
-            function(torch.from_numpy(values[i : i + config.batch]).to(config.device)).cpu().numpy()
-            for i in range(0, len(values), config.batch)
-        ]
-    return np.concatenate(parts)
-
-
 def _read(world: World, frames: Pixels, true_actions: Ints | None, config: EvaluateConfig) -> Clips:
     """The windows with their tokens and latent actions."""
     if world.actions is None:
         raise UserError(
             "this world has no latent action model, so there is nothing to infer from held-out clips: give one that has"
         )
-    tokens = _in_batches(world.tokenizer.encode, frames, config)
-    latent = _in_batches(world.actions.infer, frames, config)
+    tokens = in_batches(world.tokenizer.encode, frames, config)
+    latent = in_batches(world.actions.infer, frames, config)
     return Clips(frames=frames, true_actions=true_actions, tokens=tokens, latent=latent)
 
 

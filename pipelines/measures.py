@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from models.metrics import bootstrap, nmi, psnr
 from pipelines import figures
+from pipelines.config import EvaluateConfig
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -56,6 +57,16 @@ class Findings:
         clips = len(rows[kinds[0]])
         self.pictures[name] = figures.sheet([rows[kind][i] for i in range(clips) for kind in kinds])
         self.tables.setdefault("rows", {})[name] = kinds * clips
+
+
+def in_batches(function: Any, values: NDArray[Any], config: EvaluateConfig) -> NDArray[Any]:
+    """A model's function over the first dimension, `config.batch` at a time."""
+    with torch.inference_mode():
+        parts = [
+            function(torch.from_numpy(values[i : i + config.batch]).to(config.device)).cpu().numpy()
+            for i in range(0, len(values), config.batch)
+        ]
+    return np.concatenate(parts)
 
 
 def frame_psnr(truth: Pixels, made: Pixels) -> Floats:

@@ -179,6 +179,49 @@ def _control(evaluation: Artifact, tables: dict[str, Any]) -> str:
             tables["rows"]["rollouts"],
             tables["clips"]["frames"],
         )
+        + _refinement(evaluation, tables)
+        + _distances(m)
+    )
+
+
+def _refinement(evaluation: Artifact, tables: dict[str, Any]) -> str:
+    """Quality and speed by refinement steps, where they were compared."""
+    if "refinement" not in tables:
+        return ""
+    found = tables["refinement"]
+    rows = [(f"{r['steps']:.0f}", f"{r['psnr_db']:.1f} dB", f"{r['fps']:.1f}") for r in found["rows"]]
+    said = f"Inferred actions, {found['windows']} windows, all rolled out at once on the machine that measured."
+    return "<h3>How many refinement steps a frame needs</h3>" + page.cards(
+        [
+            page.chart(evaluation.path / "refinement.svg", said),
+            page.table(("steps a frame", "rollouts' PSNR", "frames per second, all together"), rows),
+        ],
+        "pair",
+    )
+
+
+def _distances(metrics: dict[str, float]) -> str:
+    """Distances of distributions of clips, where enough windows were there."""
+    if "frd3d" not in metrics:
+        return ""
+    names = {
+        "frd3d_floor": "other real clips (the floor)",
+        "frd3d_tokens": "real clips, to tokens and back",
+        "frd3d": "made by the world, inferred actions",
+        "frd3d_shuffled": "real clips, frames shuffled",
+        "frd3d_frozen": "real first frame, frozen",
+    }
+    count = f"{metrics['frd3d_windows']:.0f} windows on each side"
+    rows = [
+        (text, f"{metrics[key]:.2f}", f"{metrics[key] / metrics['frd3d_floor']:.1f}") for key, text in names.items()
+    ]
+    return (
+        "<h3>Do the clips look and move like real ones?</h3>"
+        + page.table(("frd3d to real clips", "distance", "times the floor"), rows)
+        + page.note(
+            f"Frechet distance on the features of a random 3D network, {count}. It sees damage to pictures and motion, "
+            "not control, and can't be compared with published FVD."
+        )
     )
 
 

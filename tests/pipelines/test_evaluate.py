@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from infra.artifact import publish
 from infra.config import UserError
 from models.config import ModelError, SamplerConfig
+from models.metrics import frechet_distance, random_features
 from models.world import World
 from pipelines.config import EvaluateConfig
 from pipelines.control import rollouts
@@ -30,7 +31,7 @@ from pipelines.measures import (
 )
 from pipelines.shards import open_dataset
 
-CONFIG = EvaluateConfig(clips=48, prompts=4, batch=16, sampler=SamplerConfig(steps=4, temperature=0.5))
+CONFIG = EvaluateConfig(clips=48, prompts=4, batch=16, steps=(1, 4), sampler=SamplerConfig(steps=4, temperature=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,22 @@ def test_the_moving_half_moves():
     assert moving_half(clips)[1::2].all()
 
 
+def test_random_features_order_damage_to_video():
+    real, other = ring.footage(128, 8, seed=1)[0], ring.footage(128, 8, seed=2)[0]
+    noise = np.random.default_rng(0).normal(0, 1, other.shape)
+    known = random_features(torch.from_numpy(real))
+
+    def distance(clips):
+        return frechet_distance(known, random_features(torch.from_numpy(np.ascontiguousarray(clips))))
+
+    slight, strong = (distance(np.clip(other + s * noise, 0, 255).astype(np.uint8)) for s in (10, 40))
+    assert known.shape == (128, 256)
+    assert distance(real) == pytest.approx(0, abs=1e-3)
+    assert distance(other) < slight < strong
+    assert 3 * distance(other) < distance(other[:, :1].repeat(8, 1))
+    assert torch.equal(random_features(torch.from_numpy(real[:2])), known[:2])
+
+
 # -- the trained ring --------------------------------------------------------------------------------------------
 
 
@@ -160,6 +177,27 @@ def test_actions_that_steer_give_a_delta_psnr_above_zero(found):
     assert m["dpsnr_moving_db"] > 0.5
     assert found.tables["control"]["t"] == 4
     assert len(found.tables["control"]["curves"]["permuted"]) == ring.FRAMES - 1
+
+
+def test_more_refinement_steps_draw_better_frames_and_cost_time(found):
+    one, four = found.tables["refinement"]["rows"]
+    assert (one["steps"], four["steps"]) == (1, 4)
+    assert four["first_psnr_db"] > one["first_psnr_db"]
+    assert four["fps"] < one["fps"]
+
+
+def test_distances_tell_real_from_damaged(found):
+    m = found.metrics
+    assert m["frd3d_windows"] == 40
+    assert m["frd3d_tokens"] < 2 * m["frd3d_floor"] < m["frd3d_frozen"]
+    assert m["frd3d_floor"] < m["frd3d"] < m["frd3d_frozen"]
+    assert m["frd3d_floor"] < m["frd3d_shuffled"]
+
+
+def test_one_window_is_too_few_for_a_distance():
+    found = measure(ring.trained(), *ring.footage(3, ring.FRAMES, seed=9), replace(CONFIG, steps=()))
+    assert "frd3d" not in found.metrics
+    assert "refinement" not in found.tables
 
 
 def test_a_world_that_ignores_its_actions_gets_exactly_zero():

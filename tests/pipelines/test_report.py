@@ -65,7 +65,9 @@ def made(tmp_path_factory, empty_store):
         run.metrics(step, {"loss": 2.0 - step})
     run.close()
     sampler = SamplerConfig(steps=2)
-    evaluation = evaluate(EvaluateConfig(home=home.path, world="ring", clips=8, prompts=2, batch=16, sampler=sampler))
+    evaluation = evaluate(
+        EvaluateConfig(home=home.path, world="ring", clips=8, prompts=2, batch=16, steps=(1, 2), sampler=sampler)
+    )
     path = report(ReportConfig(home=home.path, evaluation=evaluation.reference))
     return home, evaluation, path, path.read_text(encoding="utf-8")
 
@@ -87,6 +89,7 @@ def test_the_numbers_on_the_page_are_the_artifact_s(made):
     assert f"{m['tokenizer_psnr_db']:.2f} dB" in seen["glance"]
     assert f"{m['nmi_effect']:.2f}" in seen["meaning"]
     assert f"{m['dpsnr_forced_db']:+.2f} dB" in seen["control"]
+    assert f"{m['frd3d_frozen']:.2f}" in seen["control"]
     bars = json.loads((evaluation.path / "measures.json").read_text())["bars"]
     assert seen["glance"].count("reached") == sum(bar["passed"] for bar in bars)
     assert seen["glance"].count("missed") == len(bars) - sum(bar["passed"] for bar in bars)
@@ -97,7 +100,7 @@ def test_every_action_has_its_row_and_every_picture_is_in_it(made):
     assert re.findall(r"<b>Action (\d)</b>", text) == ["0", "1", "2"]
     for name in ("action-1.png", "rollouts.png", "reconstructions.png"):
         assert data_uri((evaluation.path / name).read_bytes()) in text
-    for name in ("dpsnr.svg", "rollouts.svg"):
+    for name in ("dpsnr.svg", "rollouts.svg", "refinement.svg"):
         assert (evaluation.path / name).read_text() in text
 
 
