@@ -114,11 +114,16 @@ class GatewayReplica:
         models: dict[str, Model] = {}
         for reference, handle in zip(worlds, handles, strict=False):
             models[reference] = RemoteModel(handle, await handle.info.remote())
-        if config.colocated:
-            models = {reference: _load_engine(config, path, reference) for reference, path in worlds.items()}
+        self._engines = [_load_engine(config, path, name) for name, path in worlds.items() if config.colocated]
+        models |= {engine.info.reference: engine for engine in self._engines}
         galleries = {reference: path / "prompts" for reference, path in worlds.items()}
         store = open_store(config.store or str(Home(config.home).sessions_db))
         self._gateway = Gateway(config, models, galleries, store)
+
+    def check_health(self) -> None:
+        """Has Serve replace the replica when an engine in it has stopped."""
+        if not all(engine.alive for engine in self._engines):
+            raise RuntimeError("an engine has stopped")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this for the application behind the proxy."""

@@ -63,10 +63,8 @@ def world():
     return tiny_world()
 
 
-@pytest.fixture(scope="session")
-def served_home(world, tmp_path_factory):
-    """A home that holds the world as toy@v1, with two prompt pictures."""
-    folder = tmp_path_factory.mktemp("serving")
+def publish_toy(world, folder):
+    """A home that holds the world as toy@v1, with three prompt pictures."""
     world.save(folder / "world")
     (folder / "world" / "prompts").mkdir()
     for i in range(3):
@@ -76,6 +74,12 @@ def served_home(world, tmp_path_factory):
         home, name="toy", kind="world", source_dir=folder / "world", config={}, parents={}, metrics={}, identity="toy"
     )
     return home
+
+
+@pytest.fixture(scope="session")
+def served_home(world, tmp_path_factory):
+    """See `publish_toy`."""
+    return publish_toy(world, tmp_path_factory.mktemp("serving"))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from infra.config import Home, UserError
-from serving.app import serve_world
+from serving.app import GatewayReplica, serve_world
 from serving.client import AsyncPlayer, WorldClient
 from serving.config import ServeConfig
 from serving.pictures import decode_jpeg, encode_jpeg
@@ -25,6 +25,7 @@ from tests.serving.conftest import (
     SAMPLER,
     SIZE,
     gateway_of,
+    listening,
     picture,
     replicas,
     running_redis,
@@ -59,6 +60,25 @@ def test_the_edge_holds_behind_serves_proxy(served):
     assert answer.status_code == 413
     assert answer.json()["limit_bytes"] == 8 * 2**20
     assert httpx.get(f"{served.url}/v1/models", headers={"origin": "https://evil.example"}).status_code == 403
+
+
+def test_colocated_gateways_play_the_same_world(served_home, world, tmp_path):
+    """The replica that holds gateway and model at once, built as Serve builds it."""
+    config = ServeConfig(
+        home=served_home.path, world="toy", store=str(tmp_path / "db"), colocated=True, slots=2, sampler=SAMPLER
+    )
+
+    async def build():
+        replica = GatewayReplica.__new__(GatewayReplica)
+        await replica.__init__(config, {"toy@v1": served_home.artifacts / "toy" / "v1"})
+        replica.check_health()
+        return replica.__serve_build_asgi_app__()
+
+    acts, prompt = [3, 1, 4, 1, 0, 2, 2], picture(6, SIZE, SIZE)
+    with listening(asyncio.run(build())) as url, WorldClient(url) as client, client.create(prompt, seed=2) as player:
+        frames = [player.step(a) for a in acts]
+        assert httpx.get(f"{url}/readyz").status_code == 200
+    assert all(np.array_equal(a, b) for a, b in zip(frames, uninterrupted(world, prompt, 2, acts), strict=True))
 
 
 def test_a_taken_port_and_a_missing_world_are_one_clear_sentence(served_home):
