@@ -36,15 +36,17 @@ class Clock:
 
     Attributes:
         rows: the slots in the pass: a slice (no copy) or int64 indices (S,).
+        index: the same as int64 indices (S,).
         cell: cache cell that the new frame is written to, int64 (S,).
         turns: rotations of the new frame (S, head_size/2).
-        seen: which cells the new frame sees, bool (S, cells).
+        hidden: 0 for cells that the new frame sees, minus infinity for others (S, cells).
     """
 
     rows: slice | Tensor
+    index: Tensor
     cell: Tensor
     turns: Tensor
-    seen: Tensor
+    hidden: Tensor
 
     @classmethod
     def at(
@@ -58,9 +60,13 @@ class Clock:
         dtype: torch.dtype,
     ) -> "Clock":
         """For new frames at `position_S` of streams whose cached frames begin at `first_S`, in a ring of `cells`."""
-        age = torch.remainder(position_S[:, None] - torch.arange(cells, device=position_S.device), cells)
+        device = position_S.device
+        index = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
+        age = torch.remainder(position_S[:, None] - torch.arange(cells, device=device), cells)
         seen = (age < window) & (position_S[:, None] - age >= first_S[:, None])
-        return cls(rows, torch.remainder(position_S, cells), rotation(position_S, head_size, dtype), seen)
+        hidden = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
+        turns = rotation(position_S, head_size, dtype)
+        return cls(rows, index, torch.remainder(position_S, cells), turns, hidden)
 
 
 class Cache:
@@ -142,16 +148,23 @@ class TemporalAttention(_Heads):
         return Cache(self.qkv.weight.new_zeros(shape), self.qkv.weight.new_zeros(shape))
 
     def step(self, x_SND: Tensor, cache: Cache, clock: Clock) -> Tensor:
-        """One frame per slot: writes its keys and values to the cache, returns the change to add (S, N, D)."""
+        """One frame per slot: writes its keys and values to the cache, returns the change to add (S, N, D).
+
+        Plain products instead of SDPA: with one query per token there is nothing to fuse, and grouped heads share keys
+        without copying them.
+        """
         S, N, _ = x_SND.shape
+        q, keys, values = self.remember(x_SND, cache, clock)
+        q = q.reshape(S, N, self.kv_heads, -1, self.size) * self.size**-0.5
+        scores = (q @ keys.transpose(-1, -2)).add_(clock.hidden[:, None, None, None])
+        return self.out((scores.softmax(-1) @ values).reshape(S, N, -1))
+
+    def remember(self, x_SND: Tensor, cache: Cache, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the new frames' keys and values -> q (S, N, heads, size), all keys and values of these slots."""
         q, k, v = self.split(x_SND, clock.turns[:, None, None])
-        rows = torch.arange(cache.keys.shape[0], device=x_SND.device)[clock.rows]
-        cache.keys[rows, :, :, clock.cell] = k
-        cache.values[rows, :, :, clock.cell] = v
-        keys, values = (t[clock.rows].flatten(0, 1) for t in (cache.keys, cache.values))
-        mask = clock.seen[:, None, None, None].expand(S, N, 1, 1, -1).flatten(0, 1)
-        y = self.attend(q.reshape(S * N, self.heads, 1, self.size), keys, values, mask)
-        return self.out(y.reshape(S, N, -1))
+        cache.keys[clock.index, :, :, clock.cell] = k
+        cache.values[clock.index, :, :, clock.cell] = v
+        return q, cache.keys[clock.rows], cache.values[clock.rows]
 
 
 class FullAttention(TemporalAttention):
@@ -171,11 +184,8 @@ class FullAttention(TemporalAttention):
     def step(self, x_SND: Tensor, cache: Cache, clock: Clock) -> Tensor:
         """One frame per slot, as TemporalAttention."""
         S, N, _ = x_SND.shape
-        q, k, v = self.split(x_SND, clock.turns[:, None, None])
-        rows = torch.arange(cache.keys.shape[0], device=x_SND.device)[clock.rows]
-        cache.keys[rows, :, :, clock.cell] = k
-        cache.values[rows, :, :, clock.cell] = v
-        keys, values = (t[clock.rows].transpose(1, 2).flatten(2, 3) for t in (cache.keys, cache.values))
-        mask = clock.seen[:, None, None].repeat(1, 1, 1, N)
+        q, keys, values = self.remember(x_SND, cache, clock)
+        keys, values = (t.transpose(1, 2).flatten(2, 3) for t in (keys, values))
+        mask = clock.hidden[:, None, None].repeat(1, 1, 1, N)
         y = self.attend(q.transpose(1, 2), keys, values, mask).transpose(1, 2)
         return self.out(y.reshape(S, N, -1))

@@ -1,0 +1,229 @@
+"""Ratios of the models' costs on one CPU thread, measured side by side: python tests/benchmarks/bench_models.py
+
+Times are CPU time of this process, the least of several rounds, so that a busy machine disturbs them little.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import SpatialAttention, TemporalAttention
+from models.checkpoint import build_model
+from models.config import CodebookConfig, DynamicsConfig, SamplerConfig, TokenizerConfig, TransformerConfig
+from models.dynamics import Dynamics
+from models.sampler import Decoder
+from models.transformer import Transformer
+from models.world import World
+
+
+def least_s(work: Callable[[], object], rounds: int = 5) -> float:
+    work()
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def world_of(width: int, side: int, layers: int, frames: int, codes: int = 1024) -> World:
+    """A world whose dynamics has the given shape; its tokenizer is as small as can be, so that it does not count."""
+    small = TransformerConfig(layers=1, width=16, heads=1, head_size=16, attention="none")
+    tokenizer = TokenizerConfig(
+        height_px=side,
+        width_px=side,
+        patch=1,
+        frames=frames,
+        encoder=small,
+        decoder=small,
+        codebook=CodebookConfig(size=codes, dim=8),
+    )
+    shape = TransformerConfig(layers=layers, width=width, heads=4, head_size=width // 4, window=frames)
+    dynamics = DynamicsConfig(rows=side, columns=side, vocabulary=codes, actions=6, frames=frames, transformer=shape)
+    return World(build_model("tokenizer", tokenizer), None, build_model("dynamics", dynamics))
+
+
+def filled(world: World, slots: int, steps: int) -> Decoder:
+    """A decoder whose sessions have played half of their memory."""
+    decoder = Decoder(world, slots, SamplerConfig(steps=steps))
+    prompt = torch.zeros(1, *world.frame_shape, dtype=torch.uint8)
+    for slot in range(slots):
+        decoder.restore(slot, world.prompt_window(prompt, slot))
+    return decoder
+
+
+def one_frame(decoder: Decoder) -> None:
+    """Every session draws a frame and commits it; memory is rewound so that each call does the same work."""
+    for session in decoder._slots:
+        assert session is not None
+        session.position = session.cached = world_half = decoder.frames // 2
+        session.window.tokens = session.window.tokens[:1].expand(world_half, -1)
+        session.window.actions = torch.zeros(world_half - 1, dtype=torch.int64)
+    for slot in range(decoder.slots):
+        decoder.begin(slot, 0)
+    while decoder.busy:
+        decoder.advance()
+
+
+def frame_s(decoder: Decoder) -> float:
+    """Seconds to draw and commit one frame of every session."""
+    return least_s(lambda: one_frame(decoder), 3)
+
+
+def cached_against_full() -> list[tuple[str, float, str]]:
+    world = world_of(256, 16, 6, 16)
+    tokens, actions = torch.zeros(1, 16, 256, dtype=torch.int64), torch.zeros(1, 15, dtype=torch.int64)
+    other = filled(world, 1, 25)
+
+    def full_pass() -> None:
+        with torch.inference_mode():
+            other._session(0).passed = 0
+            other._reveal([0], world.dynamics.logits(tokens, actions)[:, -1])
+
+    whole = least_s(full_pass)
+    rows = []
+    for steps, bar in ((8, 10), (25, 14)):
+        cached = frame_s(filled(world, 1, steps))
+        rows.append((f"full-window over cached decoding, {steps} steps (6 layers, 256 wide, 256 tokens, T 16)",
+                     steps * whole / cached, f"at least {bar}"))  # fmt: skip
+    return rows
+
+
+def matrix_products_s(model: nn.Module, shape: tuple[int, int, int], backward: bool) -> float:
+    """All products of a pass over (frames, tokens, frames seen), linear and attention, at this machine's rate."""
+    frames, tokens, seen = shape
+    work: list[tuple[Tensor, Tensor, Tensor]] = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            x, w = (
+                torch.randn(frames * tokens, module.in_features),
+                torch.randn(module.in_features, module.out_features),
+            )
+            work.append((x, w, x @ w))
+        elif isinstance(module, SpatialAttention | TemporalAttention):
+            h, d = module.heads, module.size
+            space = isinstance(module, SpatialAttention)
+            batch, long, wide = (frames * h, tokens, tokens) if space else (tokens * h, frames, seen)
+            q, k = torch.randn(batch, long, d), torch.randn(batch, d, wide)
+            work += [(q, k, q @ k), (q @ k, k.mT.contiguous(), q)]
+
+    def products() -> None:
+        for x, w, g in work:
+            x @ w
+            if backward:
+                g @ w.mT
+                x.mT @ g
+
+    with torch.inference_mode():
+        return least_s(products)
+
+
+def over_matrix_products() -> list[tuple[str, float, str]]:
+    rows = []
+    for width, side, codes in ((64, 8, 128), (256, 16, 1024)):
+        world = world_of(width, side, 6, 16, codes)
+        one = frame_s(filled(world, 1, 8)) / 9
+        alone = matrix_products_s(world.dynamics, (1, side * side, 16), False)
+        rows.append((f"decoding pass over its matrix products, {width} wide", one / alone, "at most 1.25"))
+    step, plain, products = training_step(256)
+    rows.append(("training step over its matrix products, 256 wide", step / products, "at most 1.25"))
+    rows.append(("plain implementation's training step over ours, 256 wide", plain / step, "above 1"))
+    return rows
+
+
+class PlainAttention(nn.Module):
+    """Textbook attention: separate projections, explicit scores, rotation by halves."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm = nn.LayerNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.qn, self.kn = nn.LayerNorm(width // heads), nn.LayerNorm(width // heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, D = x.shape
+        y = self.norm(x)
+        q, k, v = (p(y).view(B, L, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k = self.qn(q), self.kn(k)
+        if self.causal:
+            angle = torch.arange(L)[:, None] * 100 ** (-torch.arange(0, q.shape[-1], 2) / q.shape[-1])
+            cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+            q, k = (t * cos + torch.cat((-t.chunk(2, -1)[1], t.chunk(2, -1)[0]), -1) * sin for t in (q, k))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        if self.causal:
+            scores = scores.masked_fill(~torch.ones(L, L, dtype=torch.bool).tril(), -torch.inf)
+        return x + self.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, L, D))
+
+
+class PlainBlock(nn.Module):
+    """A straightforward space-time block with the same sizes."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.space, self.time = PlainAttention(width, heads, False), PlainAttention(width, heads, True)
+        self.feed = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, N, D = x.shape
+        x = self.space(x.reshape(B * T, N, D)).view(B, T, N, D)
+        x = self.time(x.transpose(1, 2).reshape(B * N, T, D)).view(B, N, T, D).transpose(1, 2)
+        return x + self.feed(x)
+
+
+def training_step(width: int, frames: int = 16, batch: int = 1, tokens: int = 256) -> tuple[float, float, float]:
+    """Seconds of forward and backward of 3 blocks: ours, plain, and the matrix products alone."""
+    shape = TransformerConfig(layers=6, width=width, heads=4, head_size=width // 4, window=frames)
+    ours, plain = Transformer(shape).train(), nn.Sequential(*[PlainBlock(width, 4) for _ in range(3)])
+    x = torch.randn(batch, frames, tokens, width)
+    times = []
+    for model in (ours, plain):
+
+        def step(model: nn.Module = model) -> None:
+            model(x.requires_grad_()).sum().backward()
+
+        times.append(least_s(step, 3))
+    return times[0], times[1], matrix_products_s(ours, (batch * frames, tokens, frames), True)
+
+
+def linear_in_time() -> list[tuple[str, float, str]]:
+    lengths = torch.tensor([4, 8, 16, 32], dtype=torch.float64)
+    took = []
+    for frames in lengths.int().tolist():
+        shape = TransformerConfig(layers=6, width=128, heads=4, head_size=32, window=16)
+        model = Dynamics(DynamicsConfig(rows=8, columns=8, vocabulary=512, frames=frames, transformer=shape)).train()
+        batch = {"tokens": torch.zeros(2, frames, 64, dtype=torch.int64), "key": torch.arange(2),
+                 "actions": torch.zeros(2, frames - 1, dtype=torch.int64)}  # fmt: skip
+        took.append(least_s(lambda model=model, batch=batch: model(batch)[0].backward(), 3))
+    y = torch.tensor(took, dtype=torch.float64)
+    power = float(
+        torch.linalg.lstsq(torch.stack((lengths.log(), torch.ones(4)), 1).double(), y.log()[:, None]).solution[0]
+    )
+    return [("training step grows with T to the power (T 4..32)", power, "about 1")]
+
+
+def batching() -> list[tuple[str, float, str]]:
+    rows = []
+    for width, side, codes, bar in ((64, 8, 128, "under 3"), (256, 16, 1024, "at most 8")):
+        world = world_of(width, side, 6, 16, codes)
+        ratio = frame_s(filled(world, 8, 8)) / frame_s(filled(world, 1, 8))
+        rows.append((f"8 sessions in one batch over one alone, {width} wide", ratio, bar))
+    return rows
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for part in (cached_against_full, over_matrix_products, linear_in_time, batching):
+        for what, ratio, bar in part():
+            sys.stdout.write(f"{ratio:8.2f}  {what} ({bar})\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
