@@ -1,0 +1,108 @@
+"""Fewer refinement steps: their quality curve, and a student that is taught what its teacher draws in many.
+
+Drawing in few steps changes the distribution, so it is never offered without the curve.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from models.config import ModelError, SamplerConfig
+from models.dynamics import Dynamics
+from models.metrics import psnr
+from models.noise import uniform, uniform_for
+from models.sampler import Window, draw, halton_order, reveal_counts
+from models.world import World
+
+_STAGE, _ORDER, _DRAW = 31, 32, 33  # streams of random draws
+
+
+@dataclass(frozen=True)
+class Point:
+    """One number of steps: PSNR in dB per frame of the rollout, and seconds per generated frame of one session."""
+
+    steps: int
+    psnr_db: list[float]
+    frame_s: float
+
+
+def quality_curve(
+    world: World,
+    windows: list[Window],
+    actions_BT: Tensor,
+    truth_BTHWC: Tensor,
+    sampler: SamplerConfig,
+    steps: Sequence[int] = (1, 2, 4, 8, 16, 25),
+) -> list[Point]:
+    """Roll out the same prompts, actions and seeds with each number of steps, against the true frames uint8."""
+    points = []
+    for count in steps:
+        start = perf_counter()
+        frames = world.rollout(windows, actions_BT, replace(sampler, steps=count))
+        took = (perf_counter() - start) / actions_BT.numel()
+        points.append(Point(count, psnr(frames, truth_BTHWC.cpu()).mean(0).tolist(), took))
+    return points
+
+
+class Distillation(nn.Module):
+    """Teaches `student` to fill a frame in `steps` passes as `teacher` fills it in `teacher_steps`.
+
+    Each sample stands at a random stage of the student's schedule: the teacher draws the last frame in many steps, in
+    an order fixed by the sample's key; tokens up to that stage are shown to the student, and the rest are its targets.
+    The student learns the teacher's joint draws, not the data. Trains like every model; only the student has gradients.
+    """
+
+    def __init__(self, teacher: Dynamics, student: Dynamics, steps: int = 2, teacher_steps: int = 25) -> None:
+        super().__init__()
+        if teacher.cfg.vocabulary != student.cfg.vocabulary or teacher.cfg.tokens != student.cfg.tokens:
+            raise ModelError(
+                f"the teacher knows {teacher.cfg.tokens} tokens of {teacher.cfg.vocabulary} codes, the student "
+                f"{student.cfg.tokens} of {student.cfg.vocabulary}; start the student from the teacher"
+            )
+        if steps >= teacher_steps:
+            raise ModelError(f"the student has {steps} steps, the teacher {teacher_steps}; give the student fewer")
+        self.student, self.steps, self.teacher_steps = student, steps, teacher_steps
+        self._teacher = [teacher.eval().requires_grad_(False)]  # in a list: not a part of what trains and is saved
+
+    def begin_step(self, step: int, total_steps: int) -> None:
+        """Nothing changes over training."""
+
+    def end_step(self) -> None:
+        """Nothing follows the optimizer's step."""
+
+    def order(self, key_B: Tensor) -> Tensor:
+        """Rank (B, N) of each place: a Halton sequence, shifted per sample, so that all places come early for some."""
+        cfg = self.student.cfg
+        rank = halton_order(cfg.rows, cfg.columns).to(key_B.device)
+        shift = (uniform_for(key_B, _ORDER, 1) * cfg.tokens).long()
+        return (rank + shift) % cfg.tokens
+
+    @torch.no_grad()
+    def teach(self, tokens_BTN: Tensor, actions_BT: Tensor, key_B: Tensor) -> Tensor:
+        """The teacher's draw of the last frame (B, N) in all its steps, given the frames before it."""
+        teacher, order = self._teacher[0], self.order(key_B)
+        window = tokens_BTN.clone()
+        window[:, -1] = teacher.mask_token
+        place = torch.arange(window.shape[2], device=window.device)
+        for step, count in enumerate(reveal_counts(window.shape[2], self.teacher_steps)):
+            logits = teacher.logits(window, actions_BT)[:, -1]
+            token, _ = draw(logits, uniform(key_B[:, None], _DRAW, step, place), 1.0)
+            new = (order < count) & (window[:, -1] == teacher.mask_token)
+            window[:, -1] = torch.where(new, token, window[:, -1])
+        return window[:, -1]
+
+    @override
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the student at what the teacher would reveal next, for batch tokens, actions and key."""
+        tokens, actions, key = batch["tokens"].long(), batch["actions"].long(), batch["key"]
+        target = self.teach(tokens, actions, key)
+        counts = torch.tensor((0, *reveal_counts(target.shape[1], self.steps)[:-1]), device=key.device)
+        stage = (uniform_for(key, _STAGE, 1) * self.steps).long()
+        hidden = self.order(key) >= counts[stage]
+        window = torch.cat((tokens[:, :-1], torch.where(hidden, self.student.mask_token, target)[:, None]), dim=1)
+        logits = self.student.logits(window, actions)[:, -1:]
+        return self.student.score(logits, target[:, None], hidden[:, None])
