@@ -213,10 +213,10 @@ class Codebook(nn.Module):
         key_B = torch.zeros(len(z), dtype=torch.int64, device=z.device) if key_B is None else key_B
         place = torch.arange(len(flat) // len(z), device=z.device)
         rank = (mix(key_B[:, None], 7, place).flatten() & 0xFFFFFF).to(self.pool_rank.dtype)
-        self._keep(flat, rank)
+        self._keep(torch.cat((self.pool, flat)), torch.cat((self.pool_rank, rank)))
 
     def _keep(self, points: Tensor, rank: Tensor) -> None:
-        points, rank = torch.cat((self.pool, points)), torch.cat((self.pool_rank, rank))
+        """Make the points of highest rank the pool."""
         self.pool_rank, best = rank.topk(len(self.pool_rank))
         self.pool = points[best]
 

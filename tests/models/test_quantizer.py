@@ -124,6 +124,41 @@ def test_a_step_in_parts_equals_the_step_at_once():
     assert set(whole.state_dict()) == {"codes", "usage", "sums"}
 
 
+def test_the_pool_holds_each_encoding_once():
+    model, kept = book("ema"), []
+    model._revive = kept.append
+    model.train().begin_step(3, 9)
+    model(blobs(0), torch.arange(4))
+    model.end_step()
+    assert len(kept[0]) == 4 * 32
+    assert len(kept[0].unique(dim=0)) == 4 * 32
+
+
+def in_parts(rank: int, folder: str) -> None:
+    """One of two processes: half of each step's samples."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = book("ema", warmup_share=0.3)
+    for step in range(6):
+        model.train().begin_step(step, 6)
+        model(blobs(step)[2 * rank : 2 * rank + 2], torch.arange(4)[2 * rank : 2 * rank + 2] + 4 * step)
+        model.end_step()
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_hold_the_codes_of_one(tmp_path):
+    torch.multiprocessing.spawn(in_parts, args=(str(tmp_path),), nprocs=2)
+    one = book("ema", warmup_share=0.3)
+    for step in range(6):
+        one.train().begin_step(step, 6)
+        one(blobs(step), torch.arange(4) + 4 * step)
+        one.end_step()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, value in one.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value)
+
+
 def test_resuming_from_the_state_equals_going_on():
     straight, first = book("ema"), book("ema")
     for step in range(8):
