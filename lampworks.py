@@ -37,7 +37,7 @@ COMMANDS = {
     "train": Command(
         "STAGE: tokenizer | actions | dynamics | world",
         "pipelines.config:TrainConfig",
-        "pipelines.train:train",
+        "pipelines.train:command",
         ("--stage",),
     ),
     "tokenize": Command(

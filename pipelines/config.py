@@ -152,9 +152,9 @@ class CurateConfig:
     unit_s: float = 3600.0
     """Most source seconds in a work unit (one shard file); small sources get smaller units, at least sixteen."""
     timeout_s: float = 120.0
-    """Longest time on one video before it becomes a dead letter; grows with length at `timeout_factor`."""
+    """Most CPU time on one video, and longest time without any, before it becomes a dead letter."""
     timeout_factor: float = 2.0
-    """Seconds allowed per second of video on top of `timeout_s`."""
+    """Seconds allowed for each second of video on top of `timeout_s`."""
     memory_bytes: int = 2 * 2**30
     """Address space that the decoding child may add; more makes the video a dead letter."""
     previews: int = 50
@@ -234,6 +234,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         _within("--clips", self.clips, 2, 1_000_000)
         _within("--prompts", self.prompts, 1, 10_000)
+        _within("--steps", min(self.steps, default=1), 1, 10_000)
         _within("--batch", self.batch, 1, 100_000)
 
 
@@ -405,15 +406,22 @@ class TrainConfig:
     max_failures: int = 3
     """Worker losses that one command survives."""
     skip_budget: int = 20
-    """Steps with non-finite loss or gradients that may be skipped; past it, back to a checkpoint, around the samples."""
+    """Steps with non-finite loss or gradients that may be skipped; past it, back to a checkpoint, around them."""
     seed: int = 0
     """Order of samples, initial weights and every random draw follow from it."""
+    dry_run: bool = False
+    """Only say what it would take: memory by ZeRO stage, operations, hours on `device`."""
+    device: Literal["h200", "h100", "a100"] = "h200"
+    """What a dry run with --gpu reckons with."""
+    mfu: float = 0.4
+    """Share of the device's peak that a dry run reckons with."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """The MLflow server; the home's embedded store by default."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The Ray cluster to run on."""
 
     def __post_init__(self) -> None:
+        _within("--mfu", self.mfu, 0.01, 1)
         _within("--steps", self.steps, 1, 1e9)
         _within("--workers", self.workers, 0, 100_000)
         _within("--micro-batch", self.micro_batch, 1, self.batch)

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from infra.artifact import Artifact, resolve
 from infra.config import Home, UserError, digest, to_dict
+from infra.plan import TrainingPlan
 from models.actions import LatentActionModel
 from models.checkpoint import build_model, load_model, save_model
 from models.config import (
@@ -23,6 +24,7 @@ from models.config import (
     config_from_dict,
     config_to_dict,
 )
+from models.cost import ModelConfig, cost
 from models.dynamics import Dynamics
 from models.sampler import Window
 from models.tokenizer import Tokenizer
@@ -238,14 +240,40 @@ def _need(path: Path | None) -> Path:
     return path
 
 
-def parameters(job: Job) -> int:
-    """Trained parameters, counted without building them in memory."""
-    with torch.device("meta"):
-        parts: dict[str, list[tuple[str, TokenizerConfig | ActionsConfig | DynamicsConfig]]] = {
-            "tokenizer": [("tokenizer", job.model.tokenizer)],
-            "actions": [("actions", job.model.actions)],
-            "dynamics": [("dynamics", job.model.dynamics)],
-            "world": [("actions", job.model.actions), ("dynamics", job.model.dynamics)],
-        }
-        models = [build_model(kind, config) for kind, config in parts[job.config.stage]]
-    return sum(p.numel() for model in models for p in model.parameters())
+def trained(stage: str, model: WorldConfig) -> list[ModelConfig]:
+    """The models that a stage trains."""
+    parts: dict[str, list[ModelConfig]] = {"world": [model.actions, model.dynamics]}
+    return parts.get(stage) or [getattr(model, stage)]
+
+
+def estimate(config: TrainConfig, model: WorldConfig) -> TrainingPlan:
+    """The arithmetic of a training; needs no dataset, no artifact and no memory."""
+    models = trained(config.stage, model)
+    costs = [cost(part) for part in models]
+    return TrainingPlan(
+        parameters=sum(c.parameters for c in costs),
+        frame_flops=sum(c.training_flops for c in costs),
+        frames=models[-1].frames,
+        tokens=model.dynamics.tokens if config.stage in ("dynamics", "world") else models[-1].rows * models[-1].columns,
+        activation_bytes=sum(_activation_bytes(part, config.precision) for part in models),
+        batch=config.batch,
+        micro_batch=config.micro_batch,
+        steps=config.steps,
+        workers=max(1, config.workers),
+    )
+
+
+def _activation_bytes(config: ModelConfig, precision: str) -> float:
+    """What the backward pass needs of one window, roughly: per token and block the inputs of its norms, products and
+    attentions (arXiv 2205.05198, section 4, without the score matrix); with recomputation the blocks' inputs alone."""
+    parts = [config.transformer] if isinstance(config, DynamicsConfig) else [config.encoder, config.decoder]
+    values = 0.0
+    for part in parts:
+        blocks = -(-part.layers // 2) if part.attention == "st" else part.layers
+        attention = part.layers * (3 * part.width + 4 * part.heads * part.head_size)
+        forward = blocks * (2 * part.width + 2 * int(part.width * part.ff_ratio))
+        kept = (attention + forward) / blocks + blocks * part.width if part.checkpointing else attention + forward
+        values += config.frames * config.rows * config.columns * kept
+    vocabulary = config.vocabulary if isinstance(config, DynamicsConfig) else 0
+    logits = config.frames * config.rows * config.columns * vocabulary * 8.0  # fp32, and their gradient
+    return values * (2 if precision == "bf16" else 4) + logits

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from infra.artifact import Artifact, find, publish
 from infra.cluster import connect
 from infra.config import Home, UserError, to_dict
+from infra.plan import DEVICES, TrainingPlan
 from infra.tracking import Run
 from models.config import ModelError
 from pipelines.checkpoints import Checkpoints
@@ -38,13 +39,43 @@ class Interrupted(UserError):
     """Ctrl-C, after a checkpoint."""
 
 
+def command(config: TrainConfig) -> Artifact | str:
+    """`lampworks train`: with --dry-run it only says what it would take."""
+    return dry_run(config) if config.dry_run else train(config)
+
+
+def dry_run(config: TrainConfig) -> str:
+    """Memory, operations and hours of a training, without a dataset; see `TrainingPlan`.
+
+    Raises:
+        UserError: with --gpu, when a worker's memory does not suffice at the chosen ZeRO stage.
+    """
+    from pipelines.stages import estimate
+
+    device = DEVICES[config.device] if config.gpu else None
+    plan = estimate(config, config.model)
+    said = "\n".join(plan.lines(device, config.mfu))
+    log.info("dry run of train %s\n%s", config.stage, said)
+    if device is not None:
+        plan.check(config.zero, device.memory_bytes, f"one {device.name}")
+    return said
+
+
+def _check_memory(job: "Job", plan: TrainingPlan) -> None:
+    """That this machine can hold the workers, where they are on its CPUs."""
+    if job.config.gpu or job.config.cluster.address != "local":
+        return
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    plan.check(job.config.zero, total / plan.workers, f"a worker's share of this machine ({plan.workers} workers)")
+
+
 def train(config: TrainConfig) -> Artifact:
     """Trains one stage and publishes its artifact; an identical training that is finished is returned as it is.
 
     Raises:
         UserError: something the stage stands on is missing or does not fit, or training was interrupted.
     """
-    from pipelines.stages import KINDS, parameters, plan_job
+    from pipelines.stages import KINDS, estimate, plan_job
 
     job = plan_job(config)
     home = Home(job.config.home)
@@ -55,7 +86,9 @@ def train(config: TrainConfig) -> Artifact:
     job.folder.mkdir(parents=True, exist_ok=True)
     for name in ("stop", REFUSED):
         (job.folder / name).unlink(missing_ok=True)
-    count = parameters(job)
+    plan = estimate(job.config, job.model)
+    _check_memory(job, plan)
+    count = plan.parameters
     log.info("train %s | %.2f M parameters | %d steps of %d windows | workers %d | %s",
              config.stage, count / 1e6, config.steps, config.batch, config.workers, job.folder)  # fmt: skip
     run = Run(config.tracking, home, name=config.artifact_name, key=job.identity, folder=job.folder)

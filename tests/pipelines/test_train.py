@@ -20,7 +20,7 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.config import KeepConfig, OptimizerConfig, TrainConfig
 from pipelines.feed import local_batches
 from pipelines.loop import Diverged, Loop, learning_rate
-from pipelines.stages import build, parameters, plan_job
+from pipelines.stages import build, estimate, plan_job
 from pipelines.train import Interrupted, starting_step, train
 from pipelines.zero import PlainEngine
 from tests.pipelines.clips import write_dataset
@@ -242,7 +242,7 @@ def test_half_written_checkpoints_are_no_checkpoints(tmp_path):
 
 def test_parameters_are_counted_without_building(place):
     job = plan_job(config(place, stage="world"))
-    assert parameters(job) == sum(p.numel() for p in build(job).parameters())
+    assert estimate(job.config, job.model).parameters == sum(p.numel() for p in build(job).parameters())
 
 
 def test_what_does_not_fit_is_refused_with_the_fix(place):
