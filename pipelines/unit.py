@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 THUMBS = 8
 THUMB_PX = 48
 ALARM_GRACE_S = 10
+ORPHAN_FACTOR = 20  # a hung child whose worker was killed ends itself after so many limits
 RETRIES = 1  # a child may die of what happens around it (the kernel's OOM killer); twice is the video's own doing
 
 
@@ -236,9 +237,9 @@ class Child:
             try:
                 pickle.dump({"job": job, "limit_s": limit_s}, stdin)
                 stdin.flush()
-                if not select.select([stdout], [], [], limit_s)[0]:
+                if not _answers(process, stdout, limit_s):
                     self.stop()
-                    return dead_letter("decode", "timeout", f"no result after {limit_s:.0f} s")
+                    return dead_letter("decode", "timeout", f"no result within {limit_s:.0f} s")
                 return pickle.load(stdout)
             except (EOFError, BrokenPipeError, pickle.UnpicklingError):
                 died = _cause(process)
@@ -268,6 +269,28 @@ def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
     return process.stdin, process.stdout
 
 
+def _answers(process: subprocess.Popen[bytes], stdout: IO[bytes], limit_s: float) -> bool:
+    """Waits for a result; false after `limit_s` of CPU time, or of no CPU time at all.
+
+    The clock on the wall would make dead letters of good videos on a busy machine.
+    """
+    began = used = _cpu_s(process.pid)
+    moved = time.monotonic()
+    while not select.select([stdout], [], [], min(1.0, limit_s / 4))[0]:
+        now = _cpu_s(process.pid)
+        if now != used:
+            used, moved = now, time.monotonic()
+        if used - began > limit_s or time.monotonic() - moved > limit_s:
+            return False
+    return True
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU seconds a process has used (proc(5): fields 14 and 15 of stat)."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _cause(process: subprocess.Popen[bytes]) -> str:
     code = process.wait(timeout=ALARM_GRACE_S)
     if code < 0:
@@ -286,7 +309,7 @@ def main() -> None:
         _limit_memory(config.memory_bytes)
         while True:
             message = pickle.load(sys.stdin.buffer)
-            signal.alarm(int(message["limit_s"]) + ALARM_GRACE_S)
+            signal.alarm(int(ORPHAN_FACTOR * message["limit_s"]) + ALARM_GRACE_S)
             began = time.process_time()
             result = curate_video(message["job"], config, settings["digest"])
             signal.alarm(0)
