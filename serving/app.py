@@ -11,11 +11,13 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import numpy as np
 from fastapi import FastAPI
 from ray import serve
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 APP = "lampworks"
+PROXY_S = 120.0
+"""How long the doors may take to open after the application is ready."""
 UNAVAILABLE = (RayActorError, BackPressureError, DeploymentUnavailableError)
 ROUTER: Any = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
@@ -177,8 +181,10 @@ def serve_world(config: ServeConfig, block: bool = False) -> ServedWorld:
         stack.enter_context(connect(config.cluster))
         # On a cluster that others use too, only our application goes; the proxies stay.
         stack.callback(serve.delete if config.cluster.address != "local" else _shut_down, APP)
-        serve.start(http_options=HTTPOptions(host=config.host, port=port), logging_config=QUIET)
+        with suppress(TimeoutError):  # Serve waits a minute for its proxy; on a busy machine we wait on, below
+            serve.start(http_options=HTTPOptions(host=config.host, port=port), logging_config=QUIET)
         serve.run(application(config, worlds), name=APP, route_prefix="/")
+        _await_answer(config.host, port)
         served = ServedWorld(config, f"http://{config.host}:{port}", stack.pop_all())
     log.info("serving | url %s | worlds %s", served.url, ", ".join(worlds))
     if block:
@@ -241,6 +247,22 @@ def _claim_port(host: str, port: int) -> int:
                 f"cannot listen on {host}:{port} ({error.strerror}): stop what uses it, or choose another --port"
             ) from error
         return probe.getsockname()[1]
+
+
+def _await_answer(host: str, port: int) -> None:
+    """Returns when the doors are open.
+
+    Raises:
+        UserError: they stay closed: Serve already runs in this cluster, with its proxies on another port.
+    """
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/healthz"
+    deadline = time.monotonic() + PROXY_S
+    while time.monotonic() < deadline:
+        with suppress(httpx.TransportError):
+            if httpx.get(url, timeout=5, trust_env=False).is_success:
+                return
+        time.sleep(0.1)
+    raise UserError(f"{url} does not answer: this cluster's Serve listens elsewhere; serve with its --port, or apart")
 
 
 def _shut_down(name: str) -> None:
