@@ -224,6 +224,7 @@ def _added(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _check_same(folder: Path, config_digest: str) -> None:
     mark = folder / "settings.json"
     if not mark.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         mark.write_text(json.dumps({"config_digest": config_digest}), encoding="utf-8")
     made = json.loads(mark.read_text(encoding="utf-8"))["config_digest"]
     if made != config_digest:
