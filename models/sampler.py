@@ -92,15 +92,19 @@ def draw(logits_SNK: Tensor, noise_SN: Tensor, temperature: float, top_k: int = 
 
 
 @lru_cache
-def rows_alone_equal_rows_together(shapes: tuple[tuple[int, int], ...], tokens: int, slots: int, threads: int) -> bool:
-    """Whether this machine's matrix products give a slot the same bits alone and among others (measured, not assumed).
+def rows_alone_equal_rows_together(
+    shapes: tuple[tuple[int, int], ...], tokens: int, slots: int, place: tuple[str, torch.dtype, int]
+) -> bool:
+    """Whether matrix products give a slot the same bits alone and among others (measured, not assumed).
 
-    With one thread they do; with several, the split of work depends on the batch.
+    `place` is device, type and number of threads. On a CPU with one thread they do; with several, the split of work
+    depends on the batch.
     """
+    device, dtype, _ = place
     generator = torch.Generator().manual_seed(0)
     for out, inner in shapes:
-        x = torch.randn(slots, tokens, inner, generator=generator)
-        weight = torch.randn(out, inner, generator=generator)
+        x = torch.randn(slots, tokens, inner, generator=generator).to(device, dtype)
+        weight = torch.randn(out, inner, generator=generator).to(device, dtype)
         alone = F.linear(x[:1], weight)
         if not all(torch.equal(F.linear(x[:n], weight)[:1], alone) for n in range(2, slots + 1)):
             return False
@@ -169,17 +173,14 @@ class Decoder:
         return (cells[0], cells[1]), reach, 0
 
     def _may_share(self) -> bool:
-        if self.device.type != "cpu":
-            return True
+        place = (str(self.device), self.dtype, torch.get_num_threads())
         shapes = {
             tuple(m.weight.shape)
             for part in (self.dynamics, self.tokenizer)
             for m in part.modules()
             if isinstance(m, nn.Linear)
         }
-        return rows_alone_equal_rows_together(
-            tuple(sorted(shapes)), self.dynamics.tokens, self.slots, torch.get_num_threads()
-        )
+        return rows_alone_equal_rows_together(tuple(sorted(shapes)), self.dynamics.tokens, self.slots, place)
 
     @property
     def slot_bytes(self) -> int:
