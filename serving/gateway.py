@@ -31,12 +31,8 @@ from serving.session import Sessions
 from serving.store import Session, Store
 
 PLAYER = Path(__file__).parent / "player"
-PAGE_FILES = {
-    "index.html": "text/html; charset=utf-8",
-    "player.js": "text/javascript; charset=utf-8",
-    "link.js": "text/javascript; charset=utf-8",
-    "player.css": "text/css; charset=utf-8",
-}
+PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+PAGE_FILES = {p.name: f"{PAGE_TYPES[p.suffix]}; charset=utf-8" for p in PLAYER.iterdir() if p.suffix in PAGE_TYPES}
 Bearer = Annotated[str | None, Header(alias="authorization", description="Bearer and the token")]
 
 
@@ -134,7 +130,7 @@ class Gateway:
         return Response(path.read_bytes(), media_type="image/png", headers=cache)
 
     async def page(self, name: str = "index.html") -> Response:
-        """The player page and its two files."""
+        """The player page and its files."""
         if name not in PAGE_FILES:
             raise Problem(404, "no-such-page", f"there is no {name[:80]!r} here")
         headers = {"cache-control": "no-cache"}

@@ -1,30 +1,17 @@
 // The player page: choose a first frame, press keys, watch the world go on.
+import { call, callJson, memory } from "./api.js";
 import { Link } from "./link.js";
+import { measure } from "./meter.js";
+import { clearPad, drawing, setUpPad } from "./pad.js";
 
 const $ = (id) => document.getElementById(id);
 const REPEAT_AFTER_MS = 300; // a shorter press is one step
 const KEYS = "123456789qwertyuiopasdfghjklzxcvbnm";
-const memory = {
-  read: (name, otherwise) => JSON.parse(localStorage.getItem(`lampworks.${name}`) ?? "null") ?? otherwise,
-  write: (name, value) => localStorage.setItem(`lampworks.${name}`, JSON.stringify(value)),
-};
 let models = [], model = null; // served worlds, the chosen one
 let prompt = null; // { gallery } or { blob }
 let game = null; // the session being played
 
-// -- talking to the server --------------------------------------------------------------------------------------------
-
-async function call(path, { token, method = "GET", body, json } = {}) {
-  const headers = token ? { authorization: `Bearer ${token}` } : {};
-  if (json) headers["content-type"] = "application/json";
-  const answer = await fetch(path, { method, headers, body: json ? JSON.stringify(json) : body });
-  if (!answer.ok) {
-    const problem = await answer.json().catch(() => ({ detail: `the server answered ${answer.status}` }));
-    throw Object.assign(new Error(problem.detail), { status: answer.status, problem });
-  }
-  return answer;
-}
-const callJson = async (...args) => (await call(...args)).json();
+// -- telling the player -----------------------------------------------------------------------------------------------
 
 function toast(text) {
   $("toast").textContent = text;
@@ -124,71 +111,6 @@ function roving(group) {
   });
 }
 
-// -- drawing ----------------------------------------------------------------------------------------------------------
-
-const COLOURS = ["#87ceeb", "#ffffff", "#1b1b1b", "#6b4a2b", "#3f9b46", "#c8c8c8", "#e8c24a", "#d9483b", "#8b5cf6", "#f29ac2"];
-const pad = { colour: COLOURS[3], undo: [], last: null };
-
-function clearPad() {
-  const context = $("pad").getContext("2d"), { width, height } = $("pad");
-  context.fillStyle = COLOURS[0];
-  context.fillRect(0, 0, width, height);
-  context.fillStyle = COLOURS[4];
-  context.fillRect(0, Math.round(height * 0.78), width, height);
-  pad.undo = [];
-}
-
-function remember() {
-  pad.undo.push($("pad").getContext("2d").getImageData(0, 0, $("pad").width, $("pad").height));
-  if (pad.undo.length > 30) pad.undo.shift();
-}
-
-function stroke(event) {
-  const canvas = $("pad"), box = canvas.getBoundingClientRect(), size = Number($("brush").value);
-  const at = { x: ((event.clientX - box.left) / box.width) * canvas.width, y: ((event.clientY - box.top) / box.height) * canvas.height };
-  const from = pad.last ?? at, steps = Math.max(1, Math.ceil(Math.hypot(at.x - from.x, at.y - from.y)));
-  const context = canvas.getContext("2d");
-  context.fillStyle = pad.colour;
-  for (let i = 0; i <= steps; i++) {
-    const x = from.x + ((at.x - from.x) * i) / steps, y = from.y + ((at.y - from.y) * i) / steps;
-    context.fillRect(Math.round(x - size / 2), Math.round(y - size / 2), size, size);
-  }
-  pad.last = at;
-}
-
-const useDrawing = () => $("pad").toBlob((blob) => usePicture(blob));
-
-function setUpPad() {
-  $("palette").append(...COLOURS.map((colour) => {
-    const button = document.createElement("button");
-    Object.assign(button, { type: "button", onclick: () => { pad.colour = colour; check($("palette"), button); } });
-    button.style.background = colour;
-    button.role = "radio";
-    button.ariaLabel = colour;
-    return button;
-  }));
-  check($("palette"), $("palette").children[3]);
-  const canvas = $("pad");
-  canvas.onpointerdown = (event) => {
-    canvas.setPointerCapture(event.pointerId);
-    remember();
-    stroke(event);
-  };
-  canvas.onpointermove = (event) => { if (pad.last) stroke(event); };
-  canvas.onpointerup = canvas.onpointercancel = () => { pad.last = null; useDrawing(); };
-  $("pad-fill").onclick = () => {
-    remember();
-    const context = canvas.getContext("2d");
-    context.fillStyle = pad.colour;
-    context.fillRect(0, 0, canvas.width, canvas.height);
-    useDrawing();
-  };
-  $("pad-undo").onclick = () => {
-    if (pad.undo.length) canvas.getContext("2d").putImageData(pad.undo.pop(), 0, 0);
-    useDrawing();
-  };
-}
-
 // -- starting and resuming --------------------------------------------------------------------------------------------
 
 async function launch(event) {
@@ -270,7 +192,7 @@ function open(session) {
   $("fact-session").textContent = session.session.slice(0, 8);
   $("run").ariaPressed = "false";
   drawActions();
-  measure();
+  measure(game);
   link.connect();
   $("canvas").focus();
 }
@@ -340,7 +262,7 @@ async function show(frame) {
     await draw(frame.blob, frame.step);
     keep(game, frame.step % 10 === 1 || frame.step === game.start ? $("canvas").toDataURL("image/jpeg", 0.7) : undefined);
   }
-  measure();
+  measure(game);
   pump();
 }
 
@@ -380,43 +302,6 @@ function leave() {
   $("start").hidden = false;
   showState("idle", "ready");
   showRecent();
-}
-
-// -- honest numbers ---------------------------------------------------------------------------------------------------
-
-function measure() {
-  game.times = game.times.slice(-60);
-  game.frames = game.frames.filter((at) => at > performance.now() - 3000);
-  const span = game.frames.at(-1) - game.frames[0];
-  $("fps").textContent = game.frames.length > 2 ? (((game.frames.length - 1) * 1000) / span).toFixed(1) : "–";
-  const newest = game.times.at(-1);
-  $("rtt").textContent = newest ? newest.roundTrip.toFixed(newest.roundTrip < 10 ? 1 : 0) : "–";
-  drawSpark(game.times.map((t) => t.roundTrip));
-  $("split-text").replaceChildren();
-  if (!newest) return;
-  const parts = { queue: newest.queue, model: newest.model, encode: newest.encode };
-  parts.net = Math.max(0, newest.roundTrip - parts.queue - parts.model - parts.encode);
-  for (const [name, ms] of Object.entries(parts)) {
-    $("split").querySelector(`.${name}`).style.inlineSize = `${(100 * ms) / newest.roundTrip}%`;
-    const dot = document.createElement("i");
-    dot.className = name;
-    $("split-text").append(dot, `${{ encode: "encode, commit", net: "network" }[name] ?? name} ${ms.toFixed(1)}   `);
-  }
-}
-
-function drawSpark(values) {
-  const canvas = $("spark"), context = canvas.getContext("2d"), { width, height } = canvas;
-  context.clearRect(0, 0, width, height);
-  if (values.length < 2) return;
-  const top = Math.max(...values) * 1.1, x = (i) => (i / 59) * width, y = (v) => height - 2 - (v / top) * (height - 4);
-  context.beginPath();
-  values.forEach((v, i) => (i ? context.lineTo(x(i), y(v)) : context.moveTo(x(i), y(v))));
-  Object.assign(context, { strokeStyle: "#ffb454", lineWidth: 1.5, lineJoin: "round" });
-  context.stroke();
-  context.lineTo(x(values.length - 1), height);
-  context.lineTo(0, height);
-  context.fillStyle = "#ffb45422";
-  context.fill();
 }
 
 // -- the past ---------------------------------------------------------------------------------------------------------
@@ -520,12 +405,12 @@ function readGamepads() {
 }
 
 function setUp() {
-  setUpPad();
+  setUpPad(check, usePicture);
   for (const group of [document.querySelector("[role=tablist]"), $("gallery"), $("palette")]) roving(group);
   for (const tab of document.querySelectorAll("[role=tab]")) {
     tab.onclick = () => {
       selectTab(tab.id.slice(4));
-      if (tab.id === "tab-draw") useDrawing();
+      if (tab.id === "tab-draw") drawing(usePicture);
     };
   }
   $("file").onchange = () => $("file").files[0] && usePicture($("file").files[0]);

@@ -5,7 +5,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from models.config import SamplerConfig
-from serving.client import AsyncPlayer, RemoteWorldEnv, WorldClient, remote_world_vector
+from serving.client import AsyncPlayer, WorldClient
+from serving.env import RemoteWorldEnv, remote_world_vector
 from serving.pictures import decode_jpeg, encode_jpeg
 from serving.protocol import Problem
 from tests.serving.conftest import ACTIONS, SAMPLER, SIZE, picture
