@@ -40,7 +40,7 @@ class RecordConfig:
     """Game steps in a second of video; every 0.1 s shows an exact state of the game."""
     rates_fps: tuple[int, ...] = (20, 30, 60)
     """Frame rates the files are written at, drawn per episode."""
-    scales: tuple[int, ...] = (3, 4, 5)
+    scales: tuple[int, ...] = (2, 3, 4)
     """Whole factors the 64-pixel screen is enlarged by, as emulator windows do; drawn per episode."""
     crf: int = 18
     """x264 quality of the source videos (lower is better)."""
@@ -438,6 +438,8 @@ class TrainConfig:
                 )
         if self.zero == 0 and self.precision == "bf16":
             raise UserError("--zero 0 with --precision bf16 trains wrongly in DeepSpeed 0.19: use --zero 1")
+        if self.zero == 3 and self.optimizer.ema_decay:
+            raise UserError("--optimizer.ema-decay needs whole weights, --zero 3 shards them: use --zero 2")
 
     @property
     def artifact_name(self) -> str:

@@ -56,20 +56,22 @@ def rollouts(
         (m, S, H, W, 3).
     """
 
+    threads = torch.get_num_threads() if config.device == "cpu" else 1
+    size = min(config.batch, -(-len(tokens) // threads))
+
     def play(first: int) -> Pixels:
-        part = slice(first, first + config.batch)
+        part = slice(first, first + size)
         prompts = [
             Window(torch.from_numpy(t), torch.from_numpy(a), len(t) - 1, int(seed))
             for t, a, seed in zip(tokens[part], past[part], seeds[part], strict=True)
         ]
         return world.rollout(prompts, torch.from_numpy(actions[part].copy()), config.sampler).numpy()
 
-    firsts, threads = range(0, len(tokens), config.batch), torch.get_num_threads()
     if config.device != "cpu":
-        return np.concatenate([play(first) for first in firsts])
+        return np.concatenate([play(first) for first in range(0, len(tokens), size)])
     # One thread a group: rollouts then share passes with equal bits, and small products don't gain from more threads.
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        parts = list(pool.map(play, firsts))
+        parts = list(pool.map(play, range(0, len(tokens), size)))
     torch.set_num_threads(threads)
     return np.concatenate(parts)
 

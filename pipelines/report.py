@@ -124,7 +124,7 @@ def _action_row(evaluation: Artifact, held: dict[str, Any], tables: dict[str, An
     share = counts[action] / max(sum(counts), 1)
     picture = data_uri((evaluation.path / f"action-{action}.png").read_bytes())
     ratio = tables["clips"]["width_px"] / tables["clips"]["height_px"]
-    motion = f"{held['right_px']:+.1f} px across, {held['down_px']:+.1f} px down a frame"
+    motion = f"{held['right_px']:+z.1f} px across, {held['down_px']:+z.1f} px down a frame"
     return (
         f'<div class="action{"" if held["live"] else " dead"}"><div class="reel" style="aspect-ratio:{ratio:.4f}">'
         f'<img src="{picture}" alt="" style="animation:play {frames * FRAME_S:.2f}s steps({frames}) infinite"></div>'
@@ -175,7 +175,7 @@ def _control(evaluation: Artifact, tables: dict[str, Any]) -> str:
         + page.table(("ΔPSNR", "mean", "95% interval"), rows)
         + page.picture(
             evaluation.path / "rollouts.png",
-            "Held-out clips. The first column is the only frame given; the worlds' rows share their random numbers.",
+            "Held-out clips. The first column is the only frame given; both made rows share their random numbers.",
             tables["rows"]["rollouts"],
             tables["clips"]["frames"],
         )
@@ -190,11 +190,11 @@ def _refinement(evaluation: Artifact, tables: dict[str, Any]) -> str:
         return ""
     found = tables["refinement"]
     rows = [(f"{r['steps']:.0f}", f"{r['psnr_db']:.1f} dB", f"{r['fps']:.1f}") for r in found["rows"]]
-    said = f"Inferred actions, {found['windows']} windows, all rolled out at once on the machine that measured."
+    said = f"Inferred actions, {found['windows']} windows, rolled out together; frames per second of them all."
     return "<h3>How many refinement steps a frame needs</h3>" + page.cards(
         [
             page.chart(evaluation.path / "refinement.svg", said),
-            page.table(("steps a frame", "rollouts' PSNR", "frames per second, all together"), rows),
+            page.table(("steps a frame", "rollouts' PSNR", "frames/s"), rows),
         ],
         "pair",
     )
@@ -334,7 +334,7 @@ def _reasons(videos: list[dict[str, Any]]) -> str:
 def _shot(video: dict[str, Any]) -> page.Shot:
     """A video of the ledger on a contact sheet."""
     if video["outcome"] in KEPT:
-        said = f"{video['clips']} clips"
+        said = f"{video['clips']} clip{'s' * (video['clips'] != 1)}"
     else:
         said = ": ".join(part for part in (video["reason"], video["detail"]) if part)[:140]
     return page.Shot(
