@@ -301,8 +301,19 @@ def encode_clip(frames: np.ndarray, *, fps: int = 10, codec: str = "h264_444", c
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, *, crf: int = 18) -> None:
     """Writes frames uint8 (H, W, 3) as an ordinary H.264 mp4 (4:2:0), as players expect it."""
     with path.open("wb") as file:
-        pictures = (VideoFrame.from_ndarray(np.ascontiguousarray(f), format="rgb24") for f in frames)
-        _encode(file, pictures, fps, "yuv420p", crf, 250)
+        _encode(file, _converted(frames), fps, "yuv420p", crf, 250)
+
+
+def _converted(frames: Iterable[np.ndarray]) -> Iterator[VideoFrame]:
+    """4:2:0 pictures; the same array again (a game slower than the video) is converted once."""
+    shown: np.ndarray | None = None
+    picture = VideoFrame(2, 2)
+    for frame in frames:
+        if frame is not shown:
+            shown = frame
+            rgb = VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture = rgb.reformat(format="yuv420p")
+        yield picture
 
 
 def _encode(target: IO[bytes], pictures: Iterable[VideoFrame], fps: int, pixels: str, crf: int, gop: int) -> None:
