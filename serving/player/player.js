@@ -185,6 +185,7 @@ function open(session) {
   $("game").hidden = false;
   $("veil").hidden = $("past").hidden = true;
   for (const canvas of [$("canvas"), $("glow")]) Object.assign(canvas, { width: session.width_px, height: session.height_px });
+  delete $("canvas").dataset.step; // resized, so empty until the greeting is drawn
   $("screen").style.setProperty("--aspect", session.width_px / session.height_px);
   Object.assign($("scrub"), { min: session.first, max: session.step, value: session.step });
   $("fact-model").textContent = session.model;
