@@ -262,6 +262,8 @@ def test_what_does_not_fit_is_refused_with_the_fix(place):
         train(config(place, stage="world", tokenizer="actions"))
     with pytest.raises(UserError, match="--batch 10 is not a multiple of --micro-batch 4 x 2 workers.*--batch 16"):
         TrainConfig(batch=10, micro_batch=4, workers=2)
+    with pytest.raises(UserError, match="--zero 3 shards them"):
+        TrainConfig(zero=3, optimizer=OptimizerConfig(ema_decay=0.9))
     with pytest.raises(UserError, match="--zero 0 with --precision bf16"):
         TrainConfig(zero=0, precision="bf16")
 
