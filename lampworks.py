@@ -67,7 +67,9 @@ COMMANDS = {
         "[NAME | preset NAME]: datasets, artifacts, lineage", "infra.config:ShowConfig", ":show", ("--what", "--name")
     ),
     "forget": Command(
-        "[NAME]: remove a video's or an uploader's footage", "pipelines.config:ForgetConfig", "pipelines.revise:forget",
+        "[NAME]: remove a video's or an uploader's footage",
+        "pipelines.config:ForgetConfig",
+        "pipelines.revise:forget",
         ("--name",),
     ),
     "doctor": Command("check this machine, say the fix", "infra.config:DoctorConfig", ":doctor"),
@@ -278,12 +280,25 @@ def show(config: Any) -> None:
     from infra.config import Home
 
     if config.what == "preset":
-        lines = _load("pipelines.presets:describe")(config.name)
+        lines = _show_preset(config.name)
     elif config.what:
         lines = _show_one(Home(config.home), config.what)
     else:
         lines = _show_all(Home(config.home))
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _show_preset(name: str) -> list[str]:
+    """Computed sizes and costs beside the paper's, without taking the memory."""
+    from infra.config import UserError
+    from pipelines.paper import NAMES, describe
+
+    if name not in NAMES:
+        raise UserError(f"no preset {name!r}: there are {', '.join(NAMES)}")
+    return [
+        f"{row.item:52} {row.computed:>12.4g}" + (f"   paper {row.paper:.4g}" if row.paper else "")
+        for row in describe(name)
+    ]
 
 
 def _show_all(home: Any) -> list[str]:

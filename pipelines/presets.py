@@ -63,7 +63,7 @@ def demo_world() -> WorldConfig:
             frames=frames,
             encoder=_small(4, 64, frames),
             decoder=_small(4, 64, frames),
-            codebook=CodebookConfig(size=actions, dim=8, warmup_share=0.2),
+            codebook=CodebookConfig(size=actions, dim=8, warmup_share=0.2, channel=0.0),
         ),
         dynamics=DynamicsConfig(
             rows=8, columns=8, vocabulary=codes, actions=actions, frames=frames, transformer=_small(6, 96, frames)

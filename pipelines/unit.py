@@ -3,25 +3,26 @@
 A decoder may crash, hang or eat memory on a bad file. So a worker never decodes: it feeds videos to a `Child`, and what
 kills the child becomes the video's ledger row.
 
-    python -m pipelines.unit        # the child: pickled jobs on stdin, pickled results on stdout
+    python -m pipelines.unit        # the child: jobs on stdin, results on stdout; msgpack, since it reads foreign files
 """
 
 import contextlib
 import hashlib
 import logging
 import os
-import pickle
 import resource
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import cv2
+import msgpack
 import numpy as np
 
 from infra.config import from_dict
@@ -235,13 +236,12 @@ class Child:
             process = self._started()
             stdin, stdout = _pipes(process)
             try:
-                pickle.dump({"job": job, "limit_s": limit_s}, stdin)
-                stdin.flush()
+                _send(stdin, {"job": job, "limit_s": limit_s})
                 if not _answers(process, stdout, limit_s):
                     self.stop()
                     return dead_letter("decode", "timeout", f"no result within {limit_s:.0f} s")
-                return pickle.load(stdout)
-            except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+                return _receive(stdout)
+            except (EOFError, BrokenPipeError):
                 died = _cause(process)
                 self.stop()
         return dead_letter("decode", "crash", died)
@@ -251,8 +251,7 @@ class Child:
             command = [sys.executable, "-m", "pipelines.unit"]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             stdin, _ = _pipes(self.process)
-            pickle.dump(self.settings, stdin)
-            stdin.flush()
+            _send(stdin, self.settings)
         return self.process
 
     def stop(self) -> None:
@@ -261,6 +260,26 @@ class Child:
             self.process.kill()
             self.process.communicate()
         self.process = None
+
+
+def _send(stream: IO[bytes], message: dict[str, Any]) -> None:
+    """One message: its length (8 bytes), then msgpack."""
+    data = cast(bytes, msgpack.packb(message, default=np.generic.item))  # NumPy's scalars as Python's
+    stream.write(struct.pack("<Q", len(data)) + data)
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> dict[str, Any]:
+    """The next message.
+
+    Raises:
+        EOFError: the other side ended before a whole one.
+    """
+    head = stream.read(8)
+    data = stream.read(struct.unpack("<Q", head)[0]) if len(head) == 8 else b""
+    if not data or len(data) < struct.unpack("<Q", head)[0]:
+        raise EOFError
+    return msgpack.unpackb(data)
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
@@ -304,18 +323,17 @@ def main() -> None:
     os.dup2(2, 1)  # libraries that print must not speak into the results
     cv2.setNumThreads(1)
     with contextlib.suppress(EOFError):
-        settings = pickle.load(sys.stdin.buffer)
+        settings = _receive(sys.stdin.buffer)
         config = from_dict(CurateConfig, settings["config"])
         _limit_memory(config.memory_bytes)
         while True:
-            message = pickle.load(sys.stdin.buffer)
+            message = _receive(sys.stdin.buffer)
             signal.alarm(int(ORPHAN_FACTOR * message["limit_s"]) + ALARM_GRACE_S)
             began = time.process_time()
             result = curate_video(message["job"], config, settings["digest"])
             signal.alarm(0)
             result["seconds"] = time.process_time() - began
-            pickle.dump(result, results)
-            results.flush()
+            _send(results, result)
 
 
 def _limit_memory(extra_bytes: int) -> None:
