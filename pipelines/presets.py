@@ -143,7 +143,7 @@ def demo_path(home: Path = Path("lampworks-home")) -> PathConfig:
             home=home,
             stage="tokenizer",
             model=world,
-            steps=500,
+            steps=800,
             batch=16,
             micro_batch=8,
             optimizer=OptimizerConfig(lr=2e-3, final_lr=2e-4, warmup_steps=50),
