@@ -8,12 +8,12 @@ import time
 
 import pytest
 import ray
-from footage import EXPECTED, corpus, film, scroll, settings
 
 from infra.config import UserError
 from pipelines.curate import curate
 from pipelines.shards import KEPT, open_dataset, versions
 from pipelines.video import decode_clip
+from tests.pipelines.footage import EXPECTED, corpus, film, scroll, settings
 
 CLIP = 20
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import ring
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +29,7 @@ from pipelines.measures import (
     visible_shifts,
 )
 from pipelines.shards import open_dataset
+from tests.pipelines import ring
 
 CONFIG = EvaluateConfig(clips=48, prompts=4, batch=16, steps=(1, 4), sampler=SamplerConfig(steps=4, temperature=0.5))
 

@@ -1,10 +1,10 @@
 import dataclasses
 
 import pytest
-from footage import corpus, settings
 
 from infra.config import UserError
 from pipelines.curate import command, curate
+from tests.pipelines.footage import corpus, settings
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
-from footage import scroll
 from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.config import UserError
 from pipelines.config import FilterConfig, RulesConfig
 from pipelines.filters import Metadata, Rules, judge, measure
+from tests.pipelines.footage import scroll
 
 
 @pytest.fixture(scope="module")

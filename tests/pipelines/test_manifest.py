@@ -1,12 +1,12 @@
 import json
 
 import pytest
-from footage import settings, sidecar
 from hypothesis import given
 from hypothesis import strategies as st
 
 from infra.config import UserError
 from pipelines.manifest import new_rows, open_plan, scan, split_of
+from tests.pipelines.footage import settings, sidecar
 
 
 def touch(folder, name, content=b"x", **info):

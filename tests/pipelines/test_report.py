@@ -6,7 +6,6 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-import ring
 
 from infra.config import TrackingConfig, UserError
 from infra.tracking import Run
@@ -15,6 +14,7 @@ from pipelines.config import EvaluateConfig, ReportConfig
 from pipelines.evaluate import evaluate
 from pipelines.figures import SIZE, Line, data_uri, enlarge, histogram, line_chart, png, sheet, strip
 from pipelines.report import report
+from tests.pipelines import ring
 
 SECTIONS = ("glance", "actions", "control", "meaning", "tokens", "data", "training", "lineage")
 

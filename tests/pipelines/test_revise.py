@@ -1,13 +1,13 @@
 import dataclasses
 
 import pytest
-from footage import film, scroll, settings
 
 from infra.config import UserError
 from pipelines.config import FilterConfig, ForgetConfig
 from pipelines.curate import curate
 from pipelines.revise import forget
 from pipelines.shards import open_dataset
+from tests.pipelines.footage import film, scroll, settings
 
 
 @pytest.fixture

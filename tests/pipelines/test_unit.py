@@ -5,10 +5,10 @@ import time
 
 import numpy as np
 import pytest
-from footage import film, film_as, scroll, settings
 
 from infra.config import to_dict
 from pipelines.unit import Child, curate_video
+from tests.pipelines.footage import film, film_as, scroll, settings
 
 
 def job(path, **changes):

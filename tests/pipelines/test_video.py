@@ -5,13 +5,13 @@ import av
 import cv2
 import numpy as np
 import pytest
-from footage import film, film_as, scroll, settings, sidecar, sound
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from pipelines.unit import curate_video
 from pipelines.video import CutDetector, Sampler, VideoError, decode_clip, encode_clip, fit, luma_grid, probe, strip
+from tests.pipelines.footage import film, film_as, scroll, settings, sidecar, sound
 
 LONG = scroll(90)
 NTSC = Fraction(30000, 1001)
