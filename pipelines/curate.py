@@ -139,6 +139,7 @@ def _work(config: CurateConfig, writer: Writer, plan: Plan, pending: list[str]) 
     cores = int(ray.cluster_resources().get("CPU", 1))
     workers = max(1, min(config.workers or cores, len(pending)))
     settings = {"config": to_dict(config), "folder": str(writer.folder), "digest": writer.config_digest}
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     items = [{"unit_id": unit, "jobs": json.dumps(plan.jobs(unit))} for unit in pending]

@@ -37,6 +37,40 @@ def _small(layers: int, width: int, frames: int, attention: Attention = "st") ->
     )
 
 
+def _square_world(
+    *,
+    side_px: int,
+    patches: tuple[int, int],
+    codes: CodebookConfig,
+    actions: CodebookConfig,
+    tokenizer: tuple[TransformerConfig, TransformerConfig],
+    action_model: TransformerConfig,
+    dynamics: TransformerConfig,
+) -> WorldConfig:
+    """A world of square pictures at 10 FPS whose window is the dynamics' own.
+
+    Args:
+        patches: sides in pixels of the tokenizer's and of the latent action model's patches.
+        tokenizer: encoder and decoder.
+        action_model: its encoder's and decoder's shape.
+    """
+    frames, rows = dynamics.window, side_px // patches[0]
+    return WorldConfig(
+        fps=10.0,
+        tokenizer=TokenizerConfig(
+            height_px=side_px, width_px=side_px, patch=patches[0], frames=frames,
+            encoder=tokenizer[0], decoder=tokenizer[1], codebook=codes,
+        ),
+        actions=ActionsConfig(
+            height_px=side_px, width_px=side_px, patch=patches[1], frames=frames,
+            encoder=action_model, decoder=action_model, codebook=actions,
+        ),
+        dynamics=DynamicsConfig(
+            rows=rows, columns=rows, vocabulary=codes.size, actions=actions.size, frames=frames, transformer=dynamics
+        ),
+    )  # fmt: skip
+
+
 def demo_world() -> WorldConfig:
     """CoinRun at 64x64 and 10 FPS for ten minutes on two cores, chosen by trials (docs/training.md).
 
@@ -44,88 +78,40 @@ def demo_world() -> WorldConfig:
     when the picture shifts by whole patches, so that dynamics learn early), and the latent action model predicts a
     change of the last frame (so that it does not first learn the palette). `coinrun` is the faithful preset.
     """
-    frames, codes, actions = 8, 256, 6
-    return WorldConfig(
-        fps=10.0,
-        tokenizer=TokenizerConfig(
-            height_px=64,
-            width_px=64,
-            patch=8,
-            frames=frames,
-            encoder=_small(2, 96, frames, "none"),
-            decoder=_small(2, 96, frames, "space"),
-            codebook=CodebookConfig(size=codes, dim=16, decay=0.97, warmup_share=0.2),
-        ),
-        actions=ActionsConfig(
-            height_px=64,
-            width_px=64,
-            patch=16,
-            frames=frames,
-            encoder=_small(4, 64, frames),
-            decoder=_small(4, 64, frames),
-            codebook=CodebookConfig(size=actions, dim=8, warmup_share=0.2, channel=0.0),
-        ),
-        dynamics=DynamicsConfig(
-            rows=8, columns=8, vocabulary=codes, actions=actions, frames=frames, transformer=_small(6, 96, frames)
-        ),
+    return _square_world(
+        side_px=64,
+        patches=(8, 16),
+        codes=CodebookConfig(size=256, dim=16, decay=0.97, warmup_share=0.2),
+        actions=CodebookConfig(size=6, dim=8, warmup_share=0.2, channel=0.0),
+        tokenizer=(_small(2, 96, 8, "none"), _small(2, 96, 8, "space")),
+        action_model=_small(4, 64, 8),
+        dynamics=_small(6, 96, 8),
     )
 
 
 def tiny_world() -> WorldConfig:
     """The demo's shape at a size that learns nothing in seconds: to see that every step works."""
-    frames, codes, actions = 4, 32, 4
-    return WorldConfig(
-        fps=10.0,
-        tokenizer=TokenizerConfig(
-            height_px=32,
-            width_px=32,
-            patch=8,
-            frames=frames,
-            encoder=_small(1, 32, frames, "none"),
-            decoder=_small(1, 32, frames, "space"),
-            codebook=CodebookConfig(size=codes, dim=8),
-        ),
-        actions=ActionsConfig(
-            height_px=32,
-            width_px=32,
-            patch=16,
-            frames=frames,
-            encoder=_small(2, 32, frames),
-            decoder=_small(2, 32, frames),
-            codebook=CodebookConfig(size=actions, dim=8, warmup_share=0.2),
-        ),
-        dynamics=DynamicsConfig(
-            rows=4, columns=4, vocabulary=codes, actions=actions, frames=frames, transformer=_small(2, 32, frames)
-        ),
+    return _square_world(
+        side_px=32,
+        patches=(8, 16),
+        codes=CodebookConfig(size=32, dim=8),
+        actions=CodebookConfig(size=4, dim=8, warmup_share=0.2),
+        tokenizer=(_small(1, 32, 4, "none"), _small(1, 32, 4, "space")),
+        action_model=_small(2, 32, 4),
+        dynamics=_small(2, 32, 4),
     )
 
 
 def toy_world() -> WorldConfig:
     """The paper's architecture in small: space-time transformers everywhere, 32x32 pixels, under a million weights."""
-    frames, codes, actions = 8, 128, 6
-    return WorldConfig(
-        fps=10.0,
-        tokenizer=TokenizerConfig(
-            height_px=32,
-            width_px=32,
-            patch=4,
-            frames=frames,
-            encoder=_small(2, 64, frames),
-            decoder=_small(2, 64, frames),
-            codebook=CodebookConfig(size=codes, dim=16, decay=0.97, warmup_share=0.2),
-        ),
-        actions=ActionsConfig(
-            height_px=32,
-            width_px=32,
-            patch=4,
-            frames=frames,
-            encoder=_small(4, 64, frames),
-            decoder=_small(4, 64, frames),
-            codebook=CodebookConfig(size=actions, dim=8, warmup_share=0.4),
-        ),
-        dynamics=DynamicsConfig(
-            rows=8, columns=8, vocabulary=codes, actions=actions, frames=frames, transformer=_small(6, 64, frames)
-        ),
+    return _square_world(
+        side_px=32,
+        patches=(4, 4),
+        codes=CodebookConfig(size=128, dim=16, decay=0.97, warmup_share=0.2),
+        actions=CodebookConfig(size=6, dim=8, warmup_share=0.4),
+        tokenizer=(_small(2, 64, 8), _small(2, 64, 8)),
+        action_model=_small(4, 64, 8),
+        dynamics=_small(6, 64, 8),
     )
 
 
