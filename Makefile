@@ -26,7 +26,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 system: $(VENV)/.done  ## programs that pip can't bring: apt where it runs as root, named where it doesn't
 	@$(BIN)/python -m infra.doctor --install
 
-demo: setup  ## the whole path on recorded gameplay, about 15 minutes, ends with a playable page
+demo: setup  ## the whole path on recorded gameplay, about 17 minutes, ends with a playable page
 	$(BIN)/lampworks demo
 
 test: setup  ## every test but the slow ones

@@ -216,7 +216,7 @@ def demo(config: Any) -> None:
 
     home = Home(config.home)
     path = {"demo": presets.demo_path, "tiny": presets.tiny_path}[config.size](config.home)
-    minutes = {"demo": "about 15 minutes", "tiny": "about 2 minutes"}[config.size]
+    minutes = {"demo": "about 17 minutes", "tiny": "about 2 minutes"}[config.size]
     steps = "".join(f"  {step.name:9} {step.what}\n" for step in STEPS)
     sys.stdout.write(
         f"Lampworks plays games, learns a world from the videos and serves it: {minutes} on two cores.\n"

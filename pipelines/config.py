@@ -485,4 +485,4 @@ class DemoConfig:
     port: int = 8000
     """Port of the page; 0 takes a free one."""
     size: Literal["demo", "tiny"] = "demo"
-    """demo: learns to be played, about 15 minutes; tiny: the same steps in a minute or two, to see that all works."""
+    """demo: learns to be played, about 17 minutes; tiny: the same steps in a minute or two, to see that all works."""

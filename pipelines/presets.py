@@ -119,7 +119,7 @@ def toy_world() -> WorldConfig:
 
 
 def demo_path(home: Path = Path("lampworks-home")) -> PathConfig:
-    """The whole path in about 15 minutes on two cores."""
+    """The whole path in about 17 minutes on two cores."""
     world = demo_world()
     return PathConfig(
         home=home,
