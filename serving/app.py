@@ -177,6 +177,8 @@ def serve_world(config: ServeConfig, block: bool = False) -> ServedWorld:
     home = Home(config.home)
     worlds = {a.reference: a.path for a in (resolve(home, name, kind="world") for name in config.worlds)}
     port = _claim_port(config.host, config.port)
+    if config.cluster.quiet:  # Serve sets its own level when it is imported
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ExitStack() as stack:
         stack.enter_context(connect(config.cluster))
         # On a cluster that others use too, only our application goes; the proxies stay.
