@@ -120,21 +120,13 @@ class CodebookConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """Video <-> tokens (paper, section 2.1)."""
+class Patched:
+    """Pictures cut into square patches; padded at the bottom and right to whole ones."""
 
     height_px: int = 64
     width_px: int = 64
     patch: int = 4
-    """Side of a square patch in pixels; frames are padded at the bottom and right to whole patches."""
-    frames: int = 16
-    """T of training windows."""
-    encoder: TransformerConfig = field(default_factory=TransformerConfig)
-    decoder: TransformerConfig = field(default_factory=TransformerConfig)
-    codebook: CodebookConfig = field(default_factory=CodebookConfig)
-
-    def __post_init__(self) -> None:
-        _positive(self, "height_px", "width_px", "patch", "frames")
+    """Side of a patch in pixels."""
 
     @property
     def rows(self) -> int:
@@ -146,6 +138,20 @@ class TokenizerConfig:
         """Patches from left to right."""
         return -(-self.width_px // self.patch)
 
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(Patched):
+    """Video <-> tokens (paper, section 2.1)."""
+
+    frames: int = 16
+    """T of training windows."""
+    encoder: TransformerConfig = field(default_factory=TransformerConfig)
+    decoder: TransformerConfig = field(default_factory=TransformerConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+
+    def __post_init__(self) -> None:
+        _positive(self, "height_px", "width_px", "patch", "frames")
+
     @property
     def tokens(self) -> int:
         """N, tokens per frame."""
@@ -153,12 +159,11 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActionsConfig:
+class ActionsConfig(Patched):
     """The latent action model (paper, section 2.1): a VQ-VAE between frames with a tiny codebook."""
 
-    height_px: int = 64
-    width_px: int = 64
     patch: int = 16
+    """Side of a patch in pixels; larger than the tokenizer's, as only the motion matters."""
     frames: int = 16
     """T of training windows."""
     encoder: TransformerConfig = field(default_factory=TransformerConfig)
@@ -190,16 +195,6 @@ class ActionsConfig:
             self.coarse >= 0 and (not self.coarse or self.codebook.size % self.coarse == 0),
             f"ActionsConfig.coarse is {self.coarse}; it must divide the {self.codebook.size} actions",
         )
-
-    @property
-    def rows(self) -> int:
-        """Patches from top to bottom."""
-        return -(-self.height_px // self.patch)
-
-    @property
-    def columns(self) -> int:
-        """Patches from left to right."""
-        return -(-self.width_px // self.patch)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,11 +41,6 @@ def ssim(frames: Tensor, truth: Tensor) -> Tensor:
     return score.mean(dim=(1, 2, 3)).view(lead)
 
 
-def delta_psnr(truth: Tensor, inferred: Tensor, random: Tensor) -> Tensor:
-    """Controllability (paper, section 3): PSNR with inferred actions less PSNR with random ones, per frame (...)."""
-    return psnr(inferred, truth) - psnr(random, truth)
-
-
 def code_shares(codes: Tensor, size: int) -> Tensor:
     """Share (size,) of each code among codes int64 (...)."""
     count = torch.bincount(codes.flatten(), minlength=size).double()

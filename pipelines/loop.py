@@ -24,12 +24,12 @@ from models.quantizer import Codebook
 from pipelines.checkpoints import Checkpoints
 from pipelines.config import OptimizerConfig
 from pipelines.feed import Batch, Schedule
+from pipelines.progress import PROGRESS
 from pipelines.stages import Job, export, pictures
 from pipelines.zero import Engine
 
 log = logging.getLogger(__name__)
 
-PROGRESS = "progress.jsonl"
 STOP = "stop"
 SKIPPED = "skipped.json"
 RESULT = "result"

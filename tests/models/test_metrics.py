@@ -32,12 +32,6 @@ def test_ssim_is_one_for_the_same_and_falls_with_noise():
     assert float(metrics.ssim(x[0], x[0])) == pytest.approx(1)
 
 
-def test_delta_psnr_is_zero_where_actions_do_nothing():
-    x = ramp()
-    assert metrics.delta_psnr(x, noisy(x, 5), noisy(x, 5)).tolist() == [0, 0]
-    assert (metrics.delta_psnr(x, noisy(x, 5), noisy(x, 20)) > 5).all()
-
-
 def test_code_use():
     assert metrics.perplexity(torch.tensor([0, 1, 2, 3]), 4) == pytest.approx(4)
     assert metrics.perplexity(torch.tensor([2, 2, 2]), 4) == pytest.approx(1)
