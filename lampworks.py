@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "train": Command(
         "STAGE: tokenizer | actions | dynamics | world",
-        "pipelines.config:TrainConfig",
+        "pipelines.train_config:TrainConfig",
         "pipelines.train:command",
         ("--stage",),
     ),

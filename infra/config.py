@@ -191,3 +191,13 @@ class DoctorConfig:
 
     install: bool = False
     """Install missing programs with apt-get where this runs as root."""
+
+
+def within(flag: str, value: float, low: float, high: float) -> None:
+    """Refuses a setting outside a range.
+
+    Raises:
+        UserError: the value is outside; it names the flag, the value and the range.
+    """
+    if not low <= value <= high:
+        raise UserError(f"{flag} is {value}: give a value from {low} to {high}")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import KeepConfig
+from pipelines.train_config import KeepConfig
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from infra.config import Home, UserError
-from pipelines.config import FeedConfig
 from pipelines.shards import Dataset, open_dataset
 from pipelines.tokenize import TokenTable
+from pipelines.train_config import FeedConfig
 from pipelines.video import decode_clip
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from models.quantizer import Codebook
 from pipelines.checkpoints import Checkpoints
-from pipelines.config import OptimizerConfig
 from pipelines.feed import Batch, Schedule
 from pipelines.progress import PROGRESS
 from pipelines.stages import Job, export, pictures
+from pipelines.train_config import OptimizerConfig
 from pipelines.zero import Engine
 
 log = logging.getLogger(__name__)

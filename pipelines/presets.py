@@ -17,15 +17,13 @@ from models.config import (
 from pipelines.config import (
     CurateConfig,
     EvaluateConfig,
-    FeedConfig,
-    OptimizerConfig,
     PathConfig,
     RecordConfig,
     ReportConfig,
     RulesConfig,
     TokenizeConfig,
-    TrainConfig,
 )
+from pipelines.train_config import FeedConfig, OptimizerConfig, TrainConfig
 
 # -- worlds that a laptop trains -----------------------------------------------------------------------------------
 

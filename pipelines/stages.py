@@ -30,9 +30,9 @@ from models.sampler import Window
 from models.tokenizer import Tokenizer
 from models.world import CoTraining, World
 from pipelines import feed, figures
-from pipelines.config import TrainConfig
 from pipelines.shards import open_dataset
 from pipelines.tokenize import check_size
+from pipelines.train_config import TrainConfig
 
 KINDS = {"tokenizer": "tokenizer", "actions": "actions", "dynamics": "world", "world": "world"}
 """Stage -> kind of its artifact. Finished dynamics stand with their tokenizer and actions: a playable world."""

@@ -19,8 +19,8 @@ from infra.plan import DEVICES, TrainingPlan
 from infra.tracking import Run
 from models.config import ModelError
 from pipelines.checkpoints import Checkpoints
-from pipelines.config import TrainConfig
 from pipelines.progress import Follower
+from pipelines.train_config import TrainConfig
 
 if TYPE_CHECKING:
     import ray.data

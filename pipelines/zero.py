@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from infra.config import UserError
-from pipelines.config import OptimizerConfig, TrainConfig
+from pipelines.train_config import OptimizerConfig, TrainConfig
 
 log = logging.getLogger(__name__)
 

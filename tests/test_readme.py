@@ -104,8 +104,8 @@ def test_a_toml_file_lies_under_the_options(tmp_path):
 
 
 def test_a_preset_lies_under_the_file_and_the_options(tmp_path):
-    from pipelines.config import TrainConfig
     from pipelines.presets import demo_path
+    from pipelines.train_config import TrainConfig
 
     file = tmp_path / "train.toml"
     file.write_text("steps = 9\n[optimizer]\nlr = 1e-4\nfinal_lr = 1e-5\n")

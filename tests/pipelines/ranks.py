@@ -8,8 +8,8 @@ import socket
 from dataclasses import replace
 
 from pipelines.checkpoints import Checkpoints
-from pipelines.config import FeedConfig, OptimizerConfig, TrainConfig
 from pipelines.presets import tiny_world
+from pipelines.train_config import FeedConfig, OptimizerConfig, TrainConfig
 
 FEED = FeedConfig(windows_per_clip=2, clips_per_group=3)
 OPTIMIZER = OptimizerConfig(lr=1e-3, final_lr=1e-4, warmup_steps=2)

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.config import UserError
-from pipelines.config import FeedConfig
 from pipelines.feed import Plan, Schedule, Source, local_batches, mix, stream, windows
+from pipelines.train_config import FeedConfig
 from tests.pipelines.clips import close, write_dataset
 
 FEED = FeedConfig(windows_per_clip=3, clips_per_group=2)

@@ -17,11 +17,11 @@ from models.checkpoint import load_model
 from models.config import SamplerConfig
 from models.world import World
 from pipelines.checkpoints import Checkpoints
-from pipelines.config import KeepConfig, OptimizerConfig, TrainConfig
 from pipelines.feed import local_batches
 from pipelines.loop import Diverged, Loop, learning_rate
 from pipelines.stages import build, estimate, plan_job
 from pipelines.train import Interrupted, starting_step, train
+from pipelines.train_config import KeepConfig, OptimizerConfig, TrainConfig
 from pipelines.zero import PlainEngine
 from tests.pipelines.clips import write_dataset
 from tests.pipelines.ranks import config, losses

@@ -1,0 +1,169 @@
+"""What a user may set in training. Field docstrings are the command line's help."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from infra.config import ClusterConfig, TrackingConfig, UserError, within
+from models.config import WorldConfig
+
+STAGES = ("tokenizer", "actions", "dynamics", "world")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedConfig:
+    """How clips become batches. The order of samples is a function of the seed and the sample's number alone."""
+
+    windows_per_clip: int = 8
+    """Windows cut from a clip each time it is decoded."""
+    clips_per_group: int = 64
+    """Clips whose windows are shuffled together; a reader keeps about as many decoded."""
+    cache_bytes: int = 512 * 2**20
+    """Decoded clips that each reader keeps."""
+    readers: int = 1
+    """Reading actors beside the trainers; more when `data wait` grows."""
+    avoid_cuts: bool = True
+    """Keep windows off scene cuts where a clip has room for that."""
+
+    def __post_init__(self) -> None:
+        within("--feed.windows-per-clip", self.windows_per_clip, 1, 100_000)
+        within("--feed.clips-per-group", self.clips_per_group, 1, 1_000_000)
+        within("--feed.readers", self.readers, 1, 10_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule; the paper's values (tables 6 and 8) by default, at a laptop's learning rate."""
+
+    lr: float = 3e-4
+    """Highest learning rate."""
+    final_lr: float = 3e-5
+    """Where cosine and wsd end."""
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    """After the warm-up. constant: flat; cosine: down to final_lr; wsd: flat, then linear down over decay_share."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_share: float = 0.2
+    """Share of the steps that wsd's decay takes."""
+    betas: tuple[float, float] = (0.9, 0.9)
+    """Of AdamW's moving averages."""
+    weight_decay: float = 1e-4
+    """On matrices only: not on gains, biases and codebooks."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    ema_decay: float = 0.0
+    """Averages the weights over about 1 / (1 - decay) steps and publishes the average; 0 publishes the last ones."""
+
+    def __post_init__(self) -> None:
+        within("--optimizer.lr", self.lr, 0, 1)
+        within("--optimizer.final-lr", self.final_lr, 0, self.lr)
+        within("--optimizer.decay-share", self.decay_share, 0, 1)
+        within("--optimizer.ema-decay", self.ema_decay, 0, 0.999999)
+        within("--optimizer.clip-norm", self.clip_norm, 0, 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepConfig:
+    """Which checkpoints stay on disk."""
+
+    last: int = 2
+    """The newest ones; at least 2, so that a damaged one has a predecessor."""
+    every: int = 0
+    """Also each one whose step is a multiple of this; 0 for none."""
+    best: bool = False
+    """Also the one with the lowest loss (mean over the steps since the checkpoint before)."""
+
+    def __post_init__(self) -> None:
+        within("--keep.last", self.last, 2, 1_000_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Trains one stage of a world. The same command again continues where it stopped, or finds it done."""
+
+    home: Path = Path("lampworks-home")
+    """Folder that everything is written under; a cluster's must be shared by its nodes."""
+    stage: Literal["tokenizer", "actions", "dynamics", "world"] = "tokenizer"
+    """tokenizer; actions: the latent action model; dynamics: with finished actions; world: actions and dynamics."""
+    name: str | None = None
+    """Name of the artifact; None takes the stage's."""
+    dataset: str = "platformers"
+    """The dataset, as `name` (its newest version) or `name@version`."""
+    tokenizer: str | None = None
+    """Tokenizer artifact for dynamics and world; None takes `tokenizer`."""
+    actions: str | None = None
+    """Latent action artifact for dynamics; None takes `actions`."""
+    model: WorldConfig = field(default_factory=WorldConfig)
+    """The world's settings; a stage uses its part, and takes finished parts from their artifacts."""
+    steps: int = 4000
+    """Optimizer steps."""
+    batch: int = 16
+    """Samples (windows) of one step over all workers."""
+    micro_batch: int = 8
+    """Samples a worker holds at once; batch / micro_batch / workers micro-batches are accumulated."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW, its schedule, clipping and averaging."""
+    feed: FeedConfig = field(default_factory=FeedConfig)
+    """How clips become batches."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: what is sharded over the workers: 1 optimizer states, 2 and gradients, 3 and parameters."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes in bfloat16 and keeps weights, sums and optimizer states in fp32."""
+    offload: bool = False
+    """Keep optimizer states in host memory (on GPUs)."""
+    workers: int = 2
+    """Training processes; 0 runs the same steps in this process, without Ray."""
+    min_workers: int | None = None
+    """Go on with as few as this many when nodes are lost; None waits for all of them."""
+    gpu: bool = False
+    """One GPU per worker."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    keep: KeepConfig = field(default_factory=KeepConfig)
+    """Which checkpoints stay."""
+    picture_every: int = 500
+    """Steps between pictures (reconstructions, or one row per latent action); 0 for none."""
+    log_every: int = 20
+    """Steps between progress lines and tracked metrics."""
+    max_failures: int = 3
+    """Worker losses that one command survives."""
+    skip_budget: int = 20
+    """Steps with non-finite loss or gradients that may be skipped; past it, back to a checkpoint, around them."""
+    seed: int = 0
+    """Order of samples, initial weights and every random draw follow from it."""
+    dry_run: bool = False
+    """Only say what it would take: memory by ZeRO stage, operations, hours on `device`."""
+    device: Literal["h200", "h100", "a100"] = "h200"
+    """What a dry run with --gpu reckons with."""
+    mfu: float = 0.4
+    """Share of the device's peak that a dry run reckons with."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """The MLflow server; the home's embedded store by default."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The Ray cluster to run on."""
+
+    def __post_init__(self) -> None:
+        within("--mfu", self.mfu, 0.01, 1)
+        within("--steps", self.steps, 1, 1e9)
+        within("--workers", self.workers, 0, 100_000)
+        within("--micro-batch", self.micro_batch, 1, self.batch)
+        within("--checkpoint-every", self.checkpoint_every, 1, 1e9)
+        within("--log-every", self.log_every, 1, 1e9)
+        if self.stage not in STAGES:
+            raise UserError(f"--stage is {self.stage!r}: it must be one of {', '.join(STAGES)}")
+        for workers in {self.workers or 1, self.min_workers or self.workers or 1}:
+            if self.batch % (self.micro_batch * workers):
+                unit = self.micro_batch * workers
+                raise UserError(
+                    f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch} x {workers} workers: "
+                    f"change one of them, for example --batch {-(-self.batch // unit) * unit}"
+                )
+        if self.zero == 0 and self.precision == "bf16":
+            raise UserError("--zero 0 with --precision bf16 trains wrongly in DeepSpeed 0.19: use --zero 1")
+        if self.zero == 3 and self.optimizer.ema_decay:
+            raise UserError("--optimizer.ema-decay needs whole weights, --zero 3 shards them: use --zero 2")
+
+    @property
+    def artifact_name(self) -> str:
+        """Name under which the result is published."""
+        return self.name or self.stage
