@@ -25,6 +25,7 @@ WORKER_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine starts a proxy in more than the default 5 s
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a killed proxy is replaced after three checks, 10 s apart otherwise
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
