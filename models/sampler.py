@@ -200,7 +200,7 @@ class Decoder:
         if self._slots[slot] is not None:
             raise ModelError(f"slot {slot} is taken; release it first")
         self._slots[slot] = _Slot(self._checked(window))
-        self._refill(slot)
+        self._refill([slot])
 
     def window(self, slot: int) -> Window:
         """All that rebuilds the slot's session as of its last finished frame."""
@@ -268,9 +268,9 @@ class Decoder:
     @torch.inference_mode()
     def advance(self) -> list[Finished]:
         """One pass over every slot with work -> the frames that it finished, in order of slots."""
-        for i, s in enumerate(self._slots):
-            if s is not None and s.phase == _COMMIT and self._full(s):
-                self._refill(i)
+        full = [i for i, s in enumerate(self._slots) if s is not None and s.phase == _COMMIT and self._full(s)]
+        for group in [full] if self._together else [[i] for i in full]:
+            self._refill(group)
         work = [i for i, s in enumerate(self._slots) if s is not None and s.phase != _IDLE]
         finished: list[Finished] = []
         for group in [work] if self._together else [[i] for i in work]:
@@ -289,23 +289,28 @@ class Decoder:
             self._current[slot] = self.dynamics.mask_token
 
     @torch.inference_mode()
-    def _refill(self, slot: int) -> None:
-        """Write the cache anew from the kept frames of the window, frame by frame: the same bits as commit passes."""
-        session = self._session(slot)
-        w = session.window
-        keep = self._kept if self._full(session) or self.sampler.policy == "rolling" else len(w.tokens)
-        w.tokens, w.actions = w.tokens[-keep:], w.actions[-keep:][1:] if len(w.actions) >= keep else w.actions
-        session.position = w.step - len(w.tokens) + 1 if self.sampler.policy == "rolling" else 0
-        session.cached = 0
-        for tokens, action in zip(w.tokens, [self.dynamics.no_action, *w.actions.tolist()], strict=True):
-            session.action = action
-            self._current[slot] = tokens.to(self.device)
-            self._features([slot])
+    def _refill(self, slots: list[int]) -> None:
+        """Write caches anew from the kept frames of windows of one length, frame by frame: as commit passes do."""
+        sessions = [self._session(i) for i in slots]
+        for session in sessions:
+            w = session.window
+            keep = self._kept if self._full(session) or self.sampler.policy == "rolling" else len(w.tokens)
+            w.tokens, w.actions = w.tokens[-keep:], w.actions[-keep:][1:] if len(w.actions) >= keep else w.actions
+            session.position = w.step - len(w.tokens) + 1 if self.sampler.policy == "rolling" else 0
+            session.cached = 0
+        for frame in range(len(sessions[0].window.tokens) if sessions else 0):
+            for slot, session in zip(slots, sessions, strict=True):
+                w = session.window
+                session.action = int(w.actions[frame - 1]) if frame else self.dynamics.no_action
+                self._current[slot] = w.tokens[frame].to(self.device)
+            self._features(slots)
             if self.tokenizer.cfg.decoder.temporal:
-                self._pixels([slot])
-            session.position += 1
-            session.cached += 1
-        self._start(slot, session)
+                self._pixels(slots)
+            for session in sessions:
+                session.position += 1
+                session.cached += 1
+        for slot, session in zip(slots, sessions, strict=True):
+            self._start(slot, session)
 
     def _pass(self, group: list[int]) -> list[Finished]:
         """One pass over these slots: some refine a frame, some commit theirs."""
@@ -329,18 +334,9 @@ class Decoder:
         cfg, sessions, rows = self.sampler, [self._session(i) for i in slots], self._rows(slots)
         current = self._current[rows]
         known = current != self.dynamics.mask_token
-        seed, step, passed, count = torch.tensor(
-            [
-                [
-                    s.window.seed & (2**63 - 1),
-                    s.window.step + 1,
-                    s.passed,
-                    reveal_counts(self.tokens, cfg.steps)[s.passed],
-                ]
-                for s in sessions
-            ],
-            device=self.device,
-        ).T[..., None]
+        counts = reveal_counts(self.tokens, cfg.steps)
+        told = [[s.window.seed & (2**63 - 1), s.window.step + 1, s.passed, counts[s.passed]] for s in sessions]
+        seed, step, passed, count = torch.tensor(told, device=self.device).T[..., None]
         place = torch.arange(self.tokens, device=self.device)
         token, score = draw(logits, uniform(seed, step, passed, _DRAW, place), cfg.temperature, cfg.top_k)
         if cfg.order == "halton":
