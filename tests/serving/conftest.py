@@ -32,6 +32,7 @@ from serving.app import serve_world
 from serving.config import ServeConfig
 from serving.engine import Engine
 from serving.gateway import Gateway
+from serving.pictures import decode_jpeg, encode_jpeg
 from serving.store import open_store
 
 SIZE, ACTIONS, FRAMES = 32, 5, 6
@@ -56,6 +57,15 @@ def picture(seed=0, height=48, width=64):
     """A colourful prompt picture, uint8 RGB."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_NEAREST)
+
+
+def uninterrupted(world, prompt, seed, actions):
+    """The frames of a session that nothing happens to, as a player sees them."""
+    state, frames = world.start(prompt[None], seed, SAMPLER), []
+    for action in actions:
+        state, frame = world.step(state, action)
+        frames.append(decode_jpeg(encode_jpeg(frame.numpy())))
+    return frames
 
 
 @pytest.fixture(scope="session")

@@ -2,46 +2,25 @@
 
 import asyncio
 import logging
-import os
-import signal
 import socket
-import threading
-import time
 
 import httpx
 import numpy as np
 import pytest
 
-from infra.config import Home, UserError
+from infra.config import UserError
 from serving.app import GatewayReplica, serve_world
-from serving.client import AsyncPlayer, WorldClient
+from serving.client import WorldClient
 from serving.config import ServeConfig
-from serving.pictures import decode_jpeg, encode_jpeg
-from serving.store import SqliteStore, open_store
 from tests.serving.conftest import (
-    ACTIONS,
-    GATEWAY,
-    MODEL,
     SAMPLER,
     SIZE,
-    gateway_of,
     listening,
     picture,
-    replicas,
-    running_redis,
-    start_redis,
-    stop,
+    uninterrupted,
 )
 
 log = logging.getLogger(__name__)
-
-
-def uninterrupted(world, prompt, seed, actions):
-    state, frames = world.start(prompt[None], seed, SAMPLER), []
-    for action in actions:
-        state, frame = world.step(state, action)
-        frames.append(decode_jpeg(encode_jpeg(frame.numpy())))
-    return frames
 
 
 def test_a_world_is_served_and_plays_as_it_does_alone(served, world):
@@ -90,95 +69,3 @@ def test_a_taken_port_and_a_missing_world_are_one_clear_sentence(served_home):
             serve_world(ServeConfig(home=served_home.path, world="toy", port=port))
     with pytest.raises(UserError, match="did you mean toy"):
         serve_world(ServeConfig(home=served_home.path, world="toi", port=0))
-
-
-async def play_through(url, sessions, steps):
-    """Plays sessions at once; for each what the player saw, and how often it had to reconnect."""
-
-    async def one(number):
-        acts = np.random.default_rng(number).integers(0, ACTIONS, steps).tolist()
-        player = await AsyncPlayer.create(url, picture(number, SIZE, SIZE), seed=number)
-        seen, slowest = [], 0.0
-        for act in acts:
-            began = time.perf_counter()
-            seen.append(await player.step(act))
-            slowest = max(slowest, time.perf_counter() - began)
-        await player.close()
-        return player, acts, seen, slowest
-
-    return await asyncio.gather(*(one(n) for n in sessions))
-
-
-class Kills(threading.Thread):
-    """kill -9 of one replica after another, at random times."""
-
-    def __init__(self, seed, victims):
-        super().__init__()
-        self.rng, self.victims, self.killed = np.random.default_rng(seed), victims, []
-
-    def run(self):
-        for deployment in self.victims:
-            time.sleep(self.rng.uniform(0.5, 1.5))
-            pid = int(self.rng.choice(replicas(deployment)))
-            os.kill(pid, signal.SIGKILL)
-            self.killed.append(deployment)
-
-
-def check_kills(served, world, seed, sessions, steps, victims):
-    kills = Kills(seed, victims)
-    kills.start()
-    played = asyncio.run(play_through(served.url, sessions, steps))
-    kills.join()
-    assert kills.killed == victims, "every kill happened while they played"
-    store = SqliteStore(Home(served.config.home).sessions_db)
-    for number, (player, acts, seen, slowest) in zip(sessions, played, strict=True):
-        rows = list(store.rows(player.id, 0, 10**9))
-        assert [r.step for r in rows] == list(range(steps + 1)), "every step exactly once"
-        assert [r.action for r in rows[1:]] == acts
-        want = uninterrupted(world, picture(number, SIZE, SIZE), number, acts)
-        assert all(np.array_equal(a, b) for a, b in zip(seen, want, strict=True)), "frames as if nothing had happened"
-        assert all(np.array_equal(decode_jpeg(r.jpeg), b) for r, b in zip(rows[1:], want, strict=True))
-        log.info("session %s | reconnects %d | longest stall %.2f s", player.id, player.reconnects, slowest)
-    store.close()
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_killed_replicas_cost_no_step(served, world, seed):
-    """The journal's process is the gateway itself, so killing gateways also kills writers of the journal mid-commit."""
-    victims = [GATEWAY, MODEL] if seed % 2 else [MODEL, GATEWAY]
-    check_kills(served, world, seed, range(10 * seed, 10 * seed + 4), 150, victims)
-
-
-def test_a_killed_journal_costs_no_step(served_home, engine, world, tmp_path):
-    """Redis as the journal, killed twice under load and started again."""
-    sessions, steps = range(40, 43), 60
-    with running_redis(tmp_path) as (address, server), gateway_of(served_home, engine, address) as url:
-        servers = [server]
-
-        def kill():
-            for _ in range(2):
-                time.sleep(0.4)
-                servers[-1].kill()
-                servers[-1].wait()
-                time.sleep(0.3)
-                servers.append(start_redis(tmp_path, address))
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        played = asyncio.run(play_through(url, sessions, steps))
-        killer.join()
-        store = open_store(address)
-        for number, (player, acts, seen, _) in zip(sessions, played, strict=True):
-            rows = list(store.rows(player.id, 0, 10**9))
-            assert [r.step for r in rows] == list(range(steps + 1))
-            want = uninterrupted(world, picture(number, SIZE, SIZE), number, acts)
-            assert all(np.array_equal(a, b) for a, b in zip(seen, want, strict=True))
-        store.close()
-        stop(servers[-1])
-    assert len(servers) == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
-def test_killed_replicas_cost_no_step_in_the_long_run(served, world, seed):
-    check_kills(served, world, seed, range(100 + 10 * seed, 108 + 10 * seed), 600, [MODEL, GATEWAY, MODEL, GATEWAY])

@@ -1,0 +1,173 @@
+"""kill -9 of everything that a served world is made of, while players play: nothing is lost, nothing is done twice.
+
+pytest -m slow tests/serving/test_soak.py    # ten seeds of 8 players x 600 steps
+"""
+
+import asyncio
+import json
+import logging
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serving.client import AsyncPlayer
+from serving.pictures import decode_jpeg
+from serving.store import open_store
+from tests.serving.conftest import ACTIONS, SIZE, picture, running_redis, start_redis, stop, uninterrupted
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).parent.parent.parent
+EVERYTHING = ("model", "gateway", "proxy", "controller", "store", "node")
+
+
+class Fabric:
+    """The served world's process (tests/serving/fabric.py) and its journal's."""
+
+    def __init__(self, home, folder, seed):
+        self.folder = folder
+        self._redis = running_redis(folder)
+        self.store, server = self._redis.__enter__()
+        self.servers = [server]
+        command = [sys.executable, "-m", "tests.serving.fabric", str(home.path), self.store, str(seed)]
+        self.log = (folder / "fabric.log").open("w")
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+        self.url = self.hear()["url"]
+
+    def hear(self):
+        line = self.process.stdout.readline()
+        while line and not line.startswith("{"):
+            line = self.process.stdout.readline()
+        assert line, (self.folder / "fabric.log").read_text()[-4000:]
+        return json.loads(line)
+
+    def kill(self, word):
+        """Ends one thing with SIGKILL; a killed journal is started again, the rest mends itself."""
+        if word == "store":
+            stop(self.servers[-1])
+            time.sleep(0.3)
+            self.servers.append(start_redis(self.folder, self.store))
+            return
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+        assert self.hear()["killed"] == word
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.log.close()
+        stop(self.servers[-1])
+        self._redis.__exit__(None, None, None)
+
+
+@dataclass
+class Played:
+    """What one player did and saw."""
+
+    player: AsyncPlayer
+    number: int
+    acts: list
+    seen: list = field(default_factory=list)
+    spans: list = field(default_factory=list)
+    """(asked, answered) of every step."""
+
+    async def play(self):
+        for act in self.acts:
+            asked = time.monotonic()
+            self.seen.append(await self.player.step(act))
+            self.spans.append((asked, time.monotonic()))
+        await self.player.close()
+
+
+async def soak(fabric, seed, sessions, steps, kinds):
+    """Plays, and kills each kind once in a random order at random moments of the play.
+
+    Returns:
+        What was played, and the kills as (kinds that were down together, moment).
+    """
+    rng = np.random.default_rng(seed)
+    played = []
+    for number in range(sessions):
+        acts = rng.integers(0, ACTIONS, steps).tolist()
+        prompt = picture(number, SIZE, SIZE)
+        player = await AsyncPlayer.create(fabric.url, prompt, seed=seed * 100 + number, retry_s=300)
+        played.append(Played(player, number, acts))
+    playing = [asyncio.create_task(p.play()) for p in played]
+    moments = np.sort(rng.uniform(0.05, 0.8, len(kinds))) * sessions * steps
+    killed = []
+    for kind, moment in zip(rng.permutation(kinds).tolist(), moments, strict=True):
+        while sum(len(p.seen) for p in played) < moment:
+            await asyncio.sleep(0.005)
+            assert not any(task.done() and task.exception() for task in playing), await asyncio.gather(*playing)
+        if killed and rng.random() < 0.7:  # otherwise the two are down together
+            await recovered(played, killed[-1][1])
+        began = time.monotonic()
+        await asyncio.to_thread(fabric.kill, kind)
+        together = killed and not all(answered(p, killed[-1][1]) for p in played)
+        killed.append(([*killed[-1][0], kind] if together else [kind], began))
+        assert not all(task.done() for task in playing), "every kill happens while they play"
+    await asyncio.gather(*playing)
+    return played, killed
+
+
+def answered(played, moment):
+    """Whether a player has asked for and got a step since a moment, or is through."""
+    return len(played.seen) == len(played.acts) or (bool(played.spans) and played.spans[-1][0] > moment)
+
+
+async def recovered(played, moment):
+    while not all(answered(p, moment) for p in played):
+        await asyncio.sleep(0.01)
+
+
+def check(fabric, world, seed, played):
+    """Every step is in the journal exactly once, and every frame is the one of an uninterrupted session."""
+    store = open_store(fabric.store)
+    for one in played:
+        rows = list(store.rows(one.player.id, 0, 10**9))
+        assert [r.step for r in rows] == list(range(len(one.acts) + 1)), "every step exactly once"
+        assert [r.action for r in rows[1:]] == one.acts
+        want = uninterrupted(world, picture(one.number, SIZE, SIZE), seed * 100 + one.number, one.acts)
+        assert all(np.array_equal(a, b) for a, b in zip(one.seen, want, strict=True)), "frames as if nothing happened"
+        assert all(np.array_equal(decode_jpeg(r.jpeg), b) for r, b in zip(rows[1:], want, strict=True))
+    store.close()
+
+
+def stalls(played, killed):
+    """For each kill, what was down and how long at most a player waited for one of the next two frames."""
+    for kinds, moment in killed:
+        after = [[s for s in p.spans if s[1] > moment][:2] for p in played]
+        yield "+".join(kinds), max(answer - max(asked, moment) for spans in after for asked, answer in spans)
+
+
+def run(home, world, folder, seed, sessions, steps, kinds):
+    fabric = Fabric(home, folder, seed)
+    try:
+        played, killed = asyncio.run(soak(fabric, seed, sessions, steps, kinds))
+        for down, stall in stalls(played, killed):
+            log.info("soak | seed %d | killed %s | longest stall %.2f s", seed, down, stall)
+        log.info("soak | seed %d | reconnects %s", seed, [p.player.reconnects for p in played])
+        check(fabric, world, seed, played)
+    finally:
+        fabric.close()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("seed", "kinds"), [(1, ("model", "gateway", "store")), (2, ("controller", "node", "proxy"))])
+def test_kills_cost_no_step(served_home, world, tmp_path, seed, kinds):
+    """Shorter than in the long run below (80 steps): the same checks, each kind once."""
+    run(served_home, world, tmp_path, seed, 8, 80, kinds)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("seed", range(10, 20))
+def test_kills_cost_no_step_in_the_long_run(served_home, world, tmp_path, seed):
+    run(served_home, world, tmp_path, seed, 8, 600, EVERYTHING)
