@@ -109,20 +109,46 @@ class FilterConfig:
     """Cuts within a clip. Deaths and respawns look like cuts, so only many refuse a clip."""
     max_corrupt_share: float = 0.02
     """Share of source frames that the decoder marked damaged."""
+    min_quality: float = 0.0
+    """Least probability of good gameplay, as the classifier of `--quality` says; clips without a score are kept."""
+    max_copied_share: float = 0.5
+    """Share of a clip that clips of better copies (larger picture, then more bits) show too; 1 keeps every copy."""
 
     def __post_init__(self) -> None:
-        for name in ("max_static_share", "max_black_share", "max_held_share", "max_corrupt_share"):
+        shares = ("max_static_share", "max_black_share", "max_held_share", "max_corrupt_share", "max_copied_share")
+        for name in (*shares, "min_quality"):
             within(f"--filters.{name.replace('_', '-')}", getattr(self, name), 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    """How a worker gets a video that lies elsewhere."""
+
+    retries: int = 5
+    """How often an error that passes (no answer, too busy) is tried again; the pauses grow from 0.5 to 30 seconds."""
+    timeout_s: float = 3600.0
+    """Longest time for one video."""
+    max_bytes: int = 64 * 2**30
+    """Largest video. A worker keeps one at a time on its disk."""
+    scratch: Path | None = None
+    """Folder for it; None is the system's temporary folder."""
+
+    def __post_init__(self) -> None:
+        within("--fetch.retries", self.retries, 0, 100)
+        within("--fetch.timeout-s", self.timeout_s, 1, 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurateConfig:
     """Turns a folder of source videos into clip shards of a versioned dataset."""
 
-    source: Path | None = None
-    """Folder of videos with `.info.json` sidecars; None is the home's `raw/`."""
+    source: str | Path | None = None
+    """Folder of videos with `.info.json` sidecars, here or at `s3://` or `gs://`; a manifest (.parquet, .csv, .jsonl);
+    one `http(s)://` video. None is the home's `raw/`."""
     home: Path = Path("lampworks-home")
     """Folder that everything is written under; the dataset goes to `datasets/<name>`."""
+    target: str | None = None
+    """Folder for datasets instead of the home's, such as `s3://bucket/datasets`."""
     name: str = "platformers"
     """The dataset's name."""
     width_px: int = 160
@@ -143,6 +169,10 @@ class CurateConfig:
     """Which videos are wanted, by their metadata."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Which clips are kept, by what is seen."""
+    fetch: FetchConfig = field(default_factory=FetchConfig)
+    """How videos that lie elsewhere are fetched."""
+    retry: tuple[str, ...] = ()
+    """Take dead letters with these reasons once more, such as `unreachable` after an outage."""
     holdout_share: float = 0.1
     """Share of videos in the `test` split, by a hash of the video's id: stable when videos are added."""
     unit_s: float = 3600.0

@@ -156,6 +156,34 @@ def measure(frames: np.ndarray) -> dict[str, float]:
     }
 
 
+_BITS = 1 << np.arange(63, dtype=np.int64)
+MIRRORED = int(_BITS[(np.arange(1, 64) % 8) % 2 == 1].sum())
+"""The bits of a `phash` that turn over when the picture is mirrored: coefficients that are odd across."""
+
+
+def phash(frames: np.ndarray, fps: int) -> np.ndarray:
+    """A clip's pictures in 63 bits each, five a second (1.4 ms for 16 s of 160x90); copies differ in a few bits.
+
+    The signs of the lowest 8x8 coefficients of a cosine transform, without the mean (Zauner 2010, with zero in the
+    median's place, so that mirroring turns over known bits).
+
+    Args:
+        frames: uint8 (T, H, W, 3).
+        fps: of the frames.
+    Returns:
+        int64 (ceil(T / max(1, fps // 5)),).
+    """
+    luma = np.stack([cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames[:: max(1, fps // 5)]]).astype(np.float32)
+    down, across = (_cosines(size) for size in luma.shape[1:])
+    waves = down @ luma @ across.T
+    return (waves.reshape(len(luma), 64)[:, 1:] > 0) @ _BITS
+
+
+def _cosines(points: int) -> np.ndarray:
+    """The eight lowest waves of a cosine transform, float32 (8, points)."""
+    return np.cos(np.pi / points * np.outer(np.arange(8), np.arange(points) + 0.5)).astype(np.float32)
+
+
 def _bars(brightest: np.ndarray) -> float:
     lit = brightest > 24
     rows, columns = np.flatnonzero(lit.any(axis=1)), np.flatnonzero(lit.any(axis=0))
@@ -175,5 +203,7 @@ def judge(signals: dict[str, Any], config: FilterConfig) -> str:
         ("static", signals["static_share"] > config.max_static_share),
         ("blur", signals["blur"] < config.min_blur),
         ("cuts", len(signals["cut_frames"]) > config.max_cuts),
+        ("quality", (signals.get("quality") or 0.0) < config.min_quality and signals.get("quality") is not None),
+        ("copy", (signals.get("copied_share") or 0.0) > config.max_copied_share),
     )
     return next((reason for reason, refused in tests if refused), "")

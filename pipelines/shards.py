@@ -54,6 +54,9 @@ WINDOW = pa.struct(
         ("reason", pa.string()),
         ("preview", pa.large_binary()),
         *_SIGNALS,
+        ("quality", pa.float32()),
+        ("copied_share", pa.float32()),
+        ("copy_of", pa.string()),
     ]
 )
 SOURCE_FIELDS = [

@@ -27,7 +27,7 @@ import numpy as np
 
 from infra.config import from_dict
 from pipelines.config import CurateConfig
-from pipelines.filters import judge, measure
+from pipelines.filters import judge, measure, phash
 from pipelines.video import Sampler, Tally, VideoError, encode_clip, strip
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ class Cutter:
             "video": encode_clip(frames, fps=fps, codec=self.config.codec, crf=self.config.crf),
             **signals,
             **_source(sampler),
+            "phash": phash(frames, fps).tolist(),
             "actions": _actions(Path(self.job["path"]), start_s, fps, size),
         }
         return window, clip
