@@ -7,12 +7,13 @@ Gateways own a session while it is attached; model replicas hold nothing that ca
 die, scale or be replaced while its players' sockets stay open.
 """
 
+import asyncio
 import logging
 import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,7 @@ import httpx
 import numpy as np
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions, RequestRouterConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from infra.artifact import resolve
@@ -33,7 +31,8 @@ from infra.config import Home, UserError
 from models.config import SamplerConfig
 from serving.config import ServeConfig
 from serving.gateway import Gateway
-from serving.protocol import Model, ModelInfo, ModelUnavailable, Prompted, StepJob, Stepped
+from serving.protocol import Model, ModelInfo, Prompted, StepJob, Stepped
+from serving.remote import Handle, RemoteModel
 from serving.store import open_store
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ log = logging.getLogger(__name__)
 APP = "lampworks"
 PROXY_S = 120.0
 """How long the doors may take to open after the application is ready."""
-UNAVAILABLE = (RayActorError, BackPressureError, DeploymentUnavailableError)
 ROUTER: Any = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 LIFE: dict[str, Any] = {
@@ -53,7 +51,6 @@ LIFE: dict[str, Any] = {
     "graceful_shutdown_timeout_s": 10,
     "logging_config": QUIET,
 }
-Handle = DeploymentHandle[Any]
 
 
 class WorldModel:
@@ -61,6 +58,7 @@ class WorldModel:
 
     def __init__(self, config: ServeConfig, path: Path, reference: str) -> None:
         self._engine = _load_engine(config, path, reference)
+        self._name = serve.get_replica_context().replica_id.unique_id
 
     async def info(self) -> ModelInfo:
         """What is served."""
@@ -70,45 +68,22 @@ class WorldModel:
         """See `serving.protocol.Model`."""
         return await self._engine.prompt(frames_THWC)
 
-    async def step(self, job: StepJob) -> Stepped | None:
-        """See `serving.protocol.Model`."""
-        return await self._engine.step(job)
+    async def step(self, job: StepJob) -> tuple[str, Stepped | None]:
+        """One step, and the name of this replica, where the session now lives."""
+        return self._name, await self._engine.step(job)
+
+    async def steps(self, jobs: list[StepJob]) -> AsyncIterator[list[tuple[int, Stepped | Exception | None]]]:
+        """Steps of several sessions: their outcomes by index, each as soon as it is there, with those that are too."""
+        under_way = {asyncio.ensure_future(self._engine.step(job)): i for i, job in enumerate(jobs)}
+        while under_way:
+            await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.sleep(0)  # frames of one pass are handed out one after another
+            yield [(under_way.pop(task), _outcome(task)) for task in list(under_way) if task.done()]
 
     def check_health(self) -> None:
         """Has Serve replace the replica when its engine has stopped."""
         if not self._engine.alive:
             raise RuntimeError("the engine has stopped")
-
-
-class RemoteModel:
-    """A world that runs in `WorldModel` replicas. Implements `serving.protocol.Model`.
-
-    Calls carry the session id, which consistent hashing keeps on one replica as long as it lives.
-    """
-
-    def __init__(self, handle: Handle, info: ModelInfo) -> None:
-        self.info, self._handle = info, handle
-
-    async def ready(self) -> bool:
-        """Whether a replica answers."""
-        try:
-            return await self._handle.info.remote() == self.info
-        except UNAVAILABLE:
-            return False
-
-    async def prompt(self, frames_THWC: np.ndarray) -> Prompted:
-        """Tokens of prompt frames, by any replica."""
-        try:
-            return await self._handle.prompt.remote(frames_THWC)
-        except UNAVAILABLE as error:
-            raise ModelUnavailable(str(error)) from error
-
-    async def step(self, job: StepJob) -> Stepped | None:
-        """The next frame, by the session's replica; Serve itself never repeats a call that died with its replica."""
-        try:
-            return await self._handle.options(session_id=job.session).step.remote(job)
-        except UNAVAILABLE as error:
-            raise ModelUnavailable(str(error)) from error
 
 
 class GatewayReplica:
@@ -184,7 +159,8 @@ def serve_world(config: ServeConfig, block: bool = False) -> ServedWorld:
         # On a cluster that others use too, only our application goes; the proxies stay.
         stack.callback(serve.delete if config.cluster.address != "local" else _shut_down, APP)
         with suppress(TimeoutError):  # Serve waits a minute for its proxy; on a busy machine we wait on, below
-            serve.start(http_options=HTTPOptions(host=config.host, port=port), logging_config=QUIET)
+            where = "HeadOnly" if config.loopback else "EveryNode"
+            serve.start(where, HTTPOptions(host=config.host, port=port), logging_config=QUIET)
         serve.run(application(config, worlds), name=APP, route_prefix="/")
         _await_answer(config.host, port)
         served = ServedWorld(config, f"http://{config.host}:{port}", stack.pop_all())
@@ -217,6 +193,12 @@ def application(config: ServeConfig, worlds: Mapping[str, Path]) -> serve.Applic
         **LIFE,
     )(serve.ingress()(GatewayReplica))
     return gateway.bind(config, dict(worlds), *handles)
+
+
+def _outcome(task: "asyncio.Future[Stepped | None]") -> Stepped | Exception | None:
+    """A step's result, or what it failed with, which is its own session's affair."""
+    error = task.exception()
+    return error if isinstance(error, Exception) else task.result()
 
 
 def _load_engine(config: ServeConfig, path: Path, reference: str) -> "Engine":
