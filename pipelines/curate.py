@@ -25,15 +25,27 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayTaskError
 
 from infra.cluster import connect
-from infra.config import Home, UserError, digest, to_dict
-from pipelines.config import CurateConfig
-from pipelines.dedup import mark_same_frames
-from pipelines.explain import estimate, explain, source_of
+from infra.config import Home, UserError, digest, from_dict, to_dict
+from pipelines.buckets import BucketPath, place
+from pipelines.config import CurateConfig, FetchConfig
+from pipelines.explain import estimate, explain
+from pipelines.fetch import FetchError, fetched
 from pipelines.manifest import Plan, open_plan, plan_again
-from pipelines.revise import judge_again, mark_judged
-from pipelines.shards import CLIP_SCHEMA, VIDEO_SCHEMA, Dataset, Unit, Writer, open_dataset
-from pipelines.tables import write_shard
-from pipelines.unit import Child
+from pipelines.revise import judge_again, settle
+from pipelines.shards import (
+    CLIP_SCHEMA,
+    VIDEO_SCHEMA,
+    Dataset,
+    Unit,
+    Writer,
+    check_schema,
+    dataset_folder,
+    open_dataset,
+    open_ledger,
+)
+from pipelines.sources import source_of
+from pipelines.tables import delta_table, write_shard
+from pipelines.unit import Child, dead_letter
 
 log = logging.getLogger(__name__)
 
@@ -72,21 +84,25 @@ def curate(config: CurateConfig) -> CurateResult:
             other settings.
     """
     home = Home(config.home).ensure()
-    folder = home.datasets / config.name
-    with _locked(folder):
+    folder = dataset_folder(home, config.name, config.target)
+    with _locked(home, folder):
         writer = Writer(folder, digest(_bearing(config)))
+        check_schema(folder, delta_table(folder / "videos"))
         plan = open_plan(folder, source_of(config), config, writer.config_digest)
-        pending = _recover(writer, plan)
+        _recover(writer, plan)
         incomplete = judge_again(writer, config.filters)
         if incomplete:
-            plan = plan_again(folder, plan, incomplete, digest(to_dict(config.filters)))
-            pending = _recover(writer, plan)
+            judged = digest(to_dict(config.filters))
+            plan = plan_again(folder, plan, incomplete, lambda _: judged)
+        lost = _to_retry(folder, config.retry)
+        if lost:
+            plan = plan_again(folder, plan, dict.fromkeys(lost, []), lambda video: f"retry {lost[video]}")
+        pending = _recover(writer, plan)
         if pending:
             with connect(config.cluster):
                 _work(config, writer, plan, pending)
-        mark_judged(folder, config.filters)
-        mark_same_frames(writer, plan)
-    return _summary(home, config.name)
+        settle(writer, plan, config)
+    return _summary(home, folder)
 
 
 def command(config: CurateConfig) -> CurateResult | str:
@@ -98,20 +114,37 @@ def command(config: CurateConfig) -> CurateResult | str:
 
 def _bearing(config: CurateConfig) -> dict[str, Any]:
     """The settings that a clip's bytes depend on."""
-    names = ("width_px", "height_px", "fps", "clip_frames", "aspect", "codec", "crf")
+    names = ("width_px", "height_px", "fps", "clip_frames", "aspect", "crop_bars", "codec", "crf")
     return {name: getattr(config, name) for name in names}
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One run at a time on a dataset; the kernel drops the lock with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+def _locked(home: Home, folder: Path) -> Iterator[None]:
+    """One run at a time on a dataset; the kernel drops the lock with the process.
+
+    An object store has no such lock: runs of one home exclude each other, and of two homes' runs on one dataset the
+    later commit of a unit fails (Delta's own check of concurrent transactions).
+    """
+    local = home.path / "locks" / digest(str(folder))[:16] if isinstance(folder, BucketPath) else folder
+    with contextlib.ExitStack() as held:
         try:
+            local.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((local / ".lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another run is curating {folder}: wait for it, or choose another --name") from error
+        except OSError as error:
+            raise UserError(f"cannot write to {local} ({error.strerror}): choose another --home or --name") from error
         yield
+
+
+def _to_retry(folder: Path, reasons: tuple[str, ...]) -> dict[str, str]:
+    """Dead letters to take once more: video id -> the unit that gave it up."""
+    if not reasons or delta_table(folder / "videos") is None:
+        return {}
+    rows = open_ledger(folder, ["video_id", "unit_id", "outcome", "reason"])
+    dead = [row for row in rows if row["outcome"] == "dead_letter" and row["reason"] in reasons]
+    return {row["video_id"]: row["unit_id"] for row in dead}
 
 
 def _unit(folder: Path, unit_id: str) -> Unit | None:
@@ -175,7 +208,8 @@ class UnitWorker:
     """An actor that turns one work unit a call into a shard and its ledger rows."""
 
     def __init__(self, config: dict[str, Any], folder: str, digest: str) -> None:
-        self.config, self.folder, self.digest = config, Path(folder), digest
+        self.config, self.folder, self.digest = config, place(folder), digest
+        self.fetch = from_dict(FetchConfig, config["fetch"])
         self.child = Child(config, digest)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
@@ -197,7 +231,7 @@ class UnitWorker:
 
     def _video(self, unit_id: str, job: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         limit_s = self.config["timeout_s"] + self.config["timeout_factor"] * (job["ledger"]["duration_s"] or 0.0)
-        result = self.child.run(job, limit_s)
+        result = self._result(job, limit_s)
         rows = result.pop("rows")
         shared = {"unit_id": unit_id, "config_digest": self.digest}
         same = ("video_id", "split", "title", "uploader", "webpage_url")
@@ -206,6 +240,15 @@ class UnitWorker:
         stored = [w["clip_id"] for w in result.get("windows", []) if w["clip_id"]]
         ledger = {**dict.fromkeys(VIDEO_SCHEMA.names), **job["ledger"], **shared, **result, "clips": len(stored)}
         return {**ledger, "dropped_clips": dropped}, clips
+
+    def _result(self, job: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        if job["verdict"]:
+            return self.child.run(job, limit_s)
+        try:
+            with fetched(job["path"], job["ledger"]["size_bytes"], self.fetch) as got:
+                return self.child.run({**job, "path": str(got.path)}, limit_s)
+        except FetchError as error:
+            return dead_letter("fetch", error.reason, error.detail)
 
 
 # -- progress ----------------------------------------------------------------------------------------------------
@@ -234,8 +277,8 @@ class Progress:
         )
 
 
-def _summary(home: Home, name: str) -> CurateResult:
-    dataset = open_dataset(home, name)
+def _summary(home: Home, folder: Path) -> CurateResult:
+    dataset = open_dataset(home, str(folder) if isinstance(folder, BucketPath) else folder.name)
     ledger = dataset.video_table(["outcome", "reason", "clips", "dropped_clips"]).to_pylist()
     outcomes = Counter(row["outcome"] for row in ledger)
     kept = [row for row in ledger if row["outcome"] in ("kept", "partial")]
@@ -244,5 +287,5 @@ def _summary(home: Home, name: str) -> CurateResult:
     if not clips:
         reasons = Counter(row["reason"] for row in ledger)
         listed = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(5))
-        raise UserError(f"no clip of {len(ledger)} videos passed ({listed}): see `lampworks show {name}`")
+        raise UserError(f"no clip of {len(ledger)} videos passed ({listed}): see `lampworks show {dataset.name}`")
     return CurateResult(dataset, dict(outcomes), clips)

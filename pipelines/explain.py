@@ -4,26 +4,24 @@ lampworks curate --source videos/ --dry-run
 lampworks curate --source videos/ --explain dQw4w9WgXcQ
 """
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from infra.config import Home, UserError, to_dict
+from infra.config import UserError, to_dict
 from pipelines.config import CurateConfig
+from pipelines.fetch import FetchError, fetched
 from pipelines.filters import Rules
-from pipelines.manifest import Source, new_rows, scan
-from pipelines.shards import open_ledger
+from pipelines.manifest import new_rows, scan
+from pipelines.shards import dataset_folder, open_ledger
+from pipelines.sources import Source, source_of
 from pipelines.tables import delta_table
 from pipelines.unit import Child
 
 SAMPLE = 3
-
-
-def source_of(config: CurateConfig) -> Path:
-    """The folder that a configuration curates."""
-    return Path(config.source) if config.source else Home(config.home).raw
 
 
 def estimate(config: CurateConfig) -> str:
@@ -32,14 +30,14 @@ def estimate(config: CurateConfig) -> str:
     Raises:
         UserError: no such source, or nothing in it.
     """
-    folder = Home(config.home).datasets / config.name
+    folder = dataset_folder(config.home, config.name, config.target)
     rows = new_rows(folder, source_of(config), config)
     wanted = [row for row in rows if not row["verdict"]]
     seconds = sum(row["duration_s"] or 0.0 for row in wanted)
     refused = Counter(row["reason"] for row in rows if row["verdict"])
     lines = [
         json.dumps(to_dict(config), indent=1, ensure_ascii=False),
-        f"new videos   {len(rows)} ({sum(row['size_bytes'] for row in rows) / 2**30:.2f} GiB)",
+        f"new videos   {len(rows)} ({sum(row['size_bytes'] or 0 for row in rows) / 2**30:.2f} GiB)",
         f"refused      {sum(refused.values())} by metadata: {_listed(refused)}",
         f"to decode    {len(wanted)} videos, {seconds / 3600:.2f} hours, {len({r['unit_id'] for r in wanted})} units",
     ]
@@ -54,8 +52,10 @@ def _cost(config: CurateConfig, wanted: list[dict[str, Any]], seconds: float) ->
     sample = [wanted[round(i * (len(wanted) - 1) / max(1, SAMPLE - 1))] for i in range(min(SAMPLE, len(wanted)))]
     child = Child(to_dict(config), "")
     plain: dict[str, Any] = {"verdict": False, "peek": False, "have": list[str]()}
-    jobs = [{"path": row["path"], **plain} for row in sample]
-    done = [child.run(job, config.timeout_s) for job in jobs]
+    done: list[dict[str, Any]] = []
+    for row in sample:
+        with contextlib.suppress(FetchError), fetched(row["path"], row["size_bytes"], config.fetch) as got:
+            done.append(child.run({"path": str(got.path), **plain}, config.timeout_s))
     child.stop()
     shown = sum(result.get("duration_s", 0.0) for result in done)
     if not shown:
@@ -81,12 +81,12 @@ def explain(config: CurateConfig, video: str) -> str:
     lines = [f"{source.uri} ({source.name})"]
     for name, verdict in Rules(config.rules).explain(source.metadata):
         lines.append(f"  rule {name:13} {f'REFUSED {verdict.reason}: {verdict.detail}' if verdict else 'passed'}")
-    return "\n".join([*lines, *_history(Home(config.home).datasets / config.name, source.uri)])
+    return "\n".join([*lines, *_history(dataset_folder(config.home, config.name, config.target), source.uri)])
 
 
 def _find(sources: list[Source], video: str) -> Source:
     for source in sources:
-        if video in (source.name, source.uri, source.path.name, str(source.path)):
+        if video in (source.name, source.uri, Path(source.location).name, source.location):
             return source
     raise UserError(f"no video {video!r} among {len(sources)} in the source: give its id or file name")
 

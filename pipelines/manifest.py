@@ -4,29 +4,24 @@ import hashlib
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from infra.config import UserError, digest
+from infra.config import digest
+from pipelines.buckets import is_remote
 from pipelines.config import CurateConfig
-from pipelines.filters import Metadata, Rules, Verdict
-from pipelines.tables import DatasetError, write_shard
+from pipelines.filters import Rules, Verdict
+from pipelines.sources import Source, described, listed
+from pipelines.tables import DatasetError, parquet, write_shard
 from pipelines.unit import file_digest
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = tuple(
-    f".{kind}"
-    for kind in (
-        *("mp4", "m4v", "mov", "mkv", "webm", "avi", "flv", "ts", "m2ts", "mpg", "mpeg"),
-        *("ogv", "wmv", "3gp", "y4m", "ivf", "h264", "hevc"),
-    )
-)
 UNIT_VIDEOS = 500
 LEAST_UNITS = 16
 LEAST_UNIT_S = 60.0
@@ -47,6 +42,7 @@ PLAN_SCHEMA = pa.schema(
         ("detail", pa.string()),
         ("size_bytes", pa.int64()),
         ("mtime_ns", pa.int64()),
+        ("etag", pa.string()),
         ("content_digest", pa.string()),
         ("duration_s", pa.float64()),
         ("title", pa.string()),
@@ -57,64 +53,13 @@ PLAN_SCHEMA = pa.schema(
 _OWN = ("unit_id", "path", "verdict", "peek", "again", "have")
 
 
-@dataclass(frozen=True)
-class Source:
-    """One file of the source folder with what its sidecar says."""
-
-    uri: str
-    path: Path
-    size_bytes: int
-    mtime_ns: int
-    metadata: Metadata
-    name: str
-
-
-def scan(folder: Path) -> list[Source]:
-    """Every video below a folder (hidden files and downloads in progress are none), sorted by its path in it.
+def scan(source: str) -> list[Source]:
+    """Every video of a source with its metadata, sorted by uri.
 
     Raises:
-        UserError: no such folder, or no video in it.
+        UserError: no such source, or no video in it.
     """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}: give --source a folder of videos, or run `lampworks record` first")
-    paths = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-    sources = [_source(folder, path) for path in sorted(paths) if path.is_file()]
-    if not sources:
-        raise UserError(f"no video in {folder}: it should hold <id>.mp4 (or mkv, webm, ...) with <id>.info.json")
-    return sources
-
-
-def _source(folder: Path, path: Path) -> Source:
-    facts = path.stat()
-    name, metadata = _sidecar(path)
-    return Source(str(path.relative_to(folder)), path, facts.st_size, facts.st_mtime_ns, metadata, name)
-
-
-def _sidecar(video: Path) -> tuple[str, Metadata]:
-    """The video's name and what yt-dlp wrote beside it; anything unexpected is a problem, not an error."""
-    path = video.with_name(f"{video.stem}.info.json")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return video.stem, Metadata(problem=f"there is no {path.name}")
-    except (OSError, ValueError) as error:
-        return video.stem, Metadata(problem=f"{path.name} can't be read: {str(error)[:100]}")
-    if not isinstance(info, dict) or not isinstance(info.get("title"), str):
-        return video.stem, Metadata(problem=f"{path.name} has no title")
-    seconds = info.get("duration")
-    known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < 1e9
-    return _text(info, "id") or video.stem, Metadata(
-        title=info["title"],
-        description=_text(info, "description"),
-        duration_s=float(seconds) if known else None,
-        uploader=_text(info, "uploader"),
-        webpage_url=_text(info, "webpage_url"),
-    )
-
-
-def _text(info: dict[str, Any], key: str) -> str:
-    value = info.get(key)
-    return value if isinstance(value, str) else ""
+    return described(listed(source))
 
 
 def split_of(video_id: str, holdout_share: float) -> str:
@@ -164,51 +109,62 @@ def _job(row: dict[str, Any]) -> dict[str, Any]:
     return {**{key: row[key] for key in ("path", "verdict", "peek")}, "have": row["have"] or [], "ledger": ledger}
 
 
-def open_plan(folder: Path, source: Path, config: CurateConfig, config_digest: str) -> Plan:
+def open_plan(folder: Path, source: str, config: CurateConfig, config_digest: str) -> Plan:
     """Everything planned so far, with a new plan for the source's new videos appended.
 
     Raises:
         UserError: nothing to curate, or the dataset was made with other settings.
     """
-    sources = scan(source)
-    old = planned(folder)
     _check_same(folder, config_digest)
-    known = {row["uri"] for row in old}
-    new = [s for s in sources if s.uri not in known]
+    old = planned(folder)
+    new = _unknown(listed(source), old)
     if not new:
         return Plan(old)
-    log.info("curate | planned %d videos | %d known", len(new), len(known))
-    return Plan([*old, *_added(folder, _planned(new, old, config, config_digest))])
+    log.info("curate | planned %d videos | %d known", len(new), len(old))
+    return Plan([*old, *_added(folder, _planned(described(new), old, config, config_digest))])
 
 
-def new_rows(folder: Path, source: Path, config: CurateConfig) -> list[dict[str, Any]]:
+def _unknown(sources: list[Source], old: list[dict[str, Any]]) -> list[Source]:
+    """Those that were not planned yet. Another size or etag at a known uri is another video."""
+    known: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in old:
+        known[row["uri"]].append(row)
+
+    def fits(source: Source, row: dict[str, Any]) -> bool:
+        pairs = (source.size_bytes, row["size_bytes"]), (source.etag, row.get("etag"))
+        return all(ours is None or theirs is None or ours == theirs for ours, theirs in pairs)
+
+    return [s for s in sources if not any(fits(s, row) for row in known[s.uri])]
+
+
+def new_rows(folder: Path, source: str, config: CurateConfig) -> list[dict[str, Any]]:
     """What the next plan would hold; nothing is written.
 
     Raises:
         UserError: no such source, or nothing in it.
     """
     old = planned(folder)
-    known = {row["uri"] for row in old}
-    return _planned([s for s in scan(source) if s.uri not in known], old, config, "")
+    return _planned(described(_unknown(listed(source), old)), old, config, "")
 
 
 def planned(folder: Path) -> list[dict[str, Any]]:
     """The rows of every plan of a dataset, in order."""
-    return [row for path in sorted((folder / "plans").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    paths = sorted((folder / "plans").glob("*.parquet"))
+    return [row for path in paths for row in parquet(path).read().to_pylist()]
 
 
-def plan_again(folder: Path, plan: Plan, incomplete: dict[str, list[str]], reason: str) -> Plan:
+def plan_again(folder: Path, plan: Plan, incomplete: dict[str, list[str]], reason: Callable[[str], str]) -> Plan:
     """Appends videos that must be decoded once more, one unit each.
 
     Args:
         folder: the dataset's.
         plan: what is planned so far.
         incomplete: by video id, the ids of its clips that are stored already.
-        reason: a digest of what makes it necessary: planned once for each.
+        reason: what makes it necessary, by video id: planned once for each.
     """
     first = {row["video_id"]: row for row in reversed(plan.rows)}
     rows = [
-        {**first[video], "unit_id": digest([reason, video])[:24], "again": True, "have": have}
+        {**first[video], "unit_id": digest([reason(video), video])[:24], "again": True, "have": have}
         for video, have in incomplete.items()
     ]
     rows = [row for row in rows if row["unit_id"] not in plan.units]
@@ -240,7 +196,7 @@ def _planned(
     for row in rows:
         row["split"] = split_of(row["video_id"], config.holdout_share)
     _mark_copies(rows, old)
-    for row in [r for r in rows if r["verdict"]][: config.previews]:
+    for row in [r for r in rows if r["verdict"] and not is_remote(r["path"])][: config.previews]:
         row["peek"] = True
     return _grouped(rows, config, config_digest)
 
@@ -248,8 +204,14 @@ def _planned(
 def _row(source: Source, verdict: Verdict | None, config: CurateConfig) -> dict[str, Any]:
     row = dict.fromkeys(PLAN_SCHEMA.names)
     metadata = source.metadata
-    row |= {"path": str(source.path.resolve()), "uri": source.uri, "video_id": source.name, "verdict": False}
-    row |= {"peek": False, "again": False, "size_bytes": source.size_bytes, "mtime_ns": source.mtime_ns}
+    row |= {"path": source.location, "uri": source.uri, "etag": source.etag, "video_id": source.name}
+    row |= {
+        "verdict": False,
+        "peek": False,
+        "again": False,
+        "size_bytes": source.size_bytes,
+        "mtime_ns": source.mtime_ns,
+    }
     row |= {"duration_s": metadata.duration_s, "title": metadata.title, "uploader": metadata.uploader}
     row |= {"webpage_url": metadata.webpage_url}
     if verdict:
@@ -262,10 +224,11 @@ def _refuse(row: dict[str, Any], outcome: str, stage: str, verdict: Verdict) -> 
 
 
 def _name_apart(rows: list[dict[str, Any]], taken: set[str]) -> None:
-    """Two files of one id keep apart: the later one's path is hashed into its id."""
+    """Two files of one id keep apart: what identifies the later one is hashed into its id."""
     for row in rows:
         if row["video_id"] in taken:
-            row["video_id"] += "~" + hashlib.sha256(row["uri"].encode()).hexdigest()[:8]
+            identity = f"{row['uri']}/{row['size_bytes']}/{row['etag']}"
+            row["video_id"] += "~" + hashlib.sha256(identity.encode()).hexdigest()[:8]
         taken.add(row["video_id"])
 
 
@@ -275,15 +238,23 @@ def _mark_copies(rows: list[dict[str, Any]], old: list[dict[str, Any]]) -> None:
     for row in [*old, *rows]:
         if not row["verdict"] and row["size_bytes"]:
             by_size[row["size_bytes"]].append(row)
-    fresh = {row["uri"] for row in rows}
-    for group in (g for g in by_size.values() if len(g) > 1 and any(r["uri"] in fresh for r in g)):
+    fresh = {id(row) for row in rows}
+    for group in (g for g in by_size.values() if len(g) > 1 and any(id(r) in fresh for r in g)):
         originals: dict[str, str] = {}
         for row in group:
-            content = file_digest(Path(row["path"])) if Path(row["path"]).exists() else row["uri"]
-            if content in originals and row["uri"] in fresh:
+            content = _content(row)
+            if content in originals and id(row) in fresh:
                 _refuse(row, "duplicate", "copies", Verdict("same_bytes", f"as {originals[content]}"))
-                row["content_digest"] = content
+                row["content_digest"] = None if content.startswith("etag ") else content
             originals.setdefault(content, row["video_id"])
+
+
+def _content(row: dict[str, Any]) -> str:
+    """What two files of the same bytes have in common; a file elsewhere is judged by its (strong) etag, not read."""
+    if is_remote(row["path"]):
+        etag = row.get("etag") or ""
+        return f"etag {etag}" if etag and not etag.startswith("W/") else f"{row['uri']} {etag}"
+    return file_digest(Path(row["path"])) if Path(row["path"]).exists() else row["uri"]
 
 
 def _grouped(rows: list[dict[str, Any]], config: CurateConfig, config_digest: str) -> list[dict[str, Any]]:

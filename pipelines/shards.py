@@ -18,15 +18,17 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from deltalake import DeltaTable, Schema
 
 from infra.config import Home
+from pipelines.buckets import BucketPath, is_remote, place
 from pipelines.tables import (
     DatasetError,
     append,
     delta_table,
     knows,
     open_table,
+    parquet,
     placed,
     rewrite,
     table_files,
@@ -102,6 +104,7 @@ VIDEO_SCHEMA = pa.schema(
         ("dropped_clips", pa.list_(pa.string())),
         ("size_bytes", pa.int64()),
         ("mtime_ns", pa.int64()),
+        ("etag", pa.string()),
         ("content_digest", pa.string()),
         ("frames_digest", pa.string()),
         ("duration_s", pa.float64()),
@@ -221,7 +224,8 @@ class Dataset:
     @property
     def reference(self) -> str:
         """`name@version`: what a training names as its parent."""
-        return f"{self.name}@{self.version}"
+        where = self.folder.uri if isinstance(self.folder, BucketPath) else self.name
+        return f"{where}@{self.version}"
 
     def video_table(self, columns: list[str] | None = None) -> pa.Table:
         """The ledger: one row a source video, sorted by its uri."""
@@ -260,7 +264,7 @@ class Dataset:
         """The stored mp4 bytes of index rows, in their order; one row group is read for each."""
         out: list[bytes] = []
         for row in rows.select(["file", "row_group", "row"]).to_pylist():
-            file = pq.ParquetFile(self.folder / "clips" / row["file"], memory_map=True)
+            file = parquet(self.folder / "clips" / row["file"])
             out.append(file.read_row_group(row["row_group"], columns=[column])[column][row["row"]].as_py())
         return out
 
@@ -277,20 +281,44 @@ class Dataset:
         return [row["video_id"] for row in kept], [c for row in kept for c in row["dropped_clips"] or ()]
 
 
+def dataset_folder(home: Home | Path, name: str, target: str | None = None) -> Path:
+    """Where a dataset lies: in the home, or in a folder for datasets that may be an object store's."""
+    if target is not None:
+        return place(target) / name
+    return (home if isinstance(home, Home) else Home(home)).datasets / name
+
+
 def open_dataset(home: Home | Path, reference: str) -> Dataset:
-    """Opens `name` (its newest version) or `name@version`.
+    """Opens `name` (its newest version), `name@version`, or the same at `s3://bucket/folder/name`.
 
     Raises:
-        DatasetError: no such dataset or version.
+        DatasetError: no such dataset or version, or one with other columns.
     """
-    root = home.datasets if isinstance(home, Home) else Home(home).datasets
-    name, _, number = reference.partition("@")
-    folder = root / name
-    newest = delta_table(folder / "videos") if name else None
+    where, _, number = reference.rpartition("@") if "@" in reference.rpartition("/")[2] else (reference, "", "")
+    folder = place(where) if is_remote(where) else dataset_folder(home, where)
+    newest = delta_table(folder / "videos") if where else None
     if newest is None:
-        raise DatasetError(f"no dataset {name!r} in {root}: {_near(root, name)}")
+        raise DatasetError(f"no dataset {where!r} in {folder.parent}: {_near(folder.parent, where)}")
+    check_schema(folder, newest)
     version = newest.version() if not number else _number(reference, number, newest.version())
     return Dataset(folder, version, _clips_version(folder, version))
+
+
+def check_schema(folder: Path, ledger: DeltaTable | None) -> None:
+    """Refuses a dataset whose tables lack a column of ours, or hold it in another type.
+
+    Raises:
+        DatasetError: it was written by an older release.
+    """
+    for table, schema in ((ledger, VIDEO_SCHEMA), (delta_table(folder / "clips"), CLIP_SCHEMA)):
+        ours = Schema.from_arrow(schema).fields
+        there = table.schema().fields if table is not None else ours
+        lacking = [field.name for field in ours if field not in there]
+        if lacking:
+            raise DatasetError(
+                f"dataset {folder.name!r} was written by another release: its column {lacking[0]!r} is missing or "
+                "differs; curate the videos under another --name, or use the release that wrote it"
+            )
 
 
 def open_ledger(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
@@ -324,7 +352,7 @@ def _number(reference: str, number: str, newest: int) -> int:
 
 
 def _near(root: Path, name: str) -> str:
-    known = sorted(p.name for p in root.iterdir() if (p / "videos").is_dir()) if root.is_dir() else []
+    known = sorted(p.name for p in root.glob("*") if (p / "videos").is_dir()) if root.is_dir() else []
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"did you mean {near[0]!r}?"
@@ -351,8 +379,14 @@ def _read(files: list[Path], schema: pa.Schema, columns: list[str] | None, key: 
     unknown = [c for c in needed if c not in schema.names]
     if unknown:
         raise DatasetError(f"no column {unknown[0]!r}: there are {', '.join(schema.names)}")
-    gone = next((f for f in files if not f.exists()), None)
-    if gone is not None:
-        raise DatasetError(f"{gone} was removed on request: this version can't be read any more, name a newer one")
     empty = pa.schema([schema.field(c) for c in needed]).empty_table()
-    return pa.concat_tables([empty, *(pq.read_table(f, columns=needed) for f in files)]).sort_by(key).select(wanted)
+    return pa.concat_tables([empty, *(_columns(f, needed) for f in files)]).sort_by(key).select(wanted)
+
+
+def _columns(path: Path, columns: list[str]) -> pa.Table:
+    try:
+        return parquet(path).read(columns=columns).select(columns)
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"{path} was removed on request: this version can't be read any more, name a newer one"
+        ) from error

@@ -7,6 +7,7 @@ twice, whoever asks again.
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ from deltalake.transaction import (
 )
 
 from infra.config import UserError
+from pipelines.buckets import BucketPath, delta_location
 
 ROW_GROUP = 8
 CHECKPOINT_EVERY = 20
@@ -40,6 +42,12 @@ class DatasetError(UserError):
 def write_shard(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, row_group: int | None = None) -> None:
     """Writes rows as one Parquet file, on disk before it has its name: readers see all of it or nothing."""
     table = pa.Table.from_pylist(rows, schema=schema)
+    if isinstance(path, BucketPath):
+        with tempfile.TemporaryDirectory() as folder:
+            draft = Path(folder) / path.name
+            write_shard(draft, rows, schema, row_group)
+            path.upload(draft)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     pq.write_table(
@@ -92,17 +100,19 @@ def append(
     Returns:
         The table's version.
     """
-    actions: list[AddAction | RemoveAction] = [_add(root, path) for _, path in files]
+    actions: list[AddAction | RemoveAction] = [_add(path) for _, path in files]
     marks = [Transaction(app_id=unit, version=1) for unit, _ in files]
     properties = CommitProperties(custom_metadata=facts, app_transactions=marks)
     if table is None:
         root.mkdir(parents=True, exist_ok=True)
+        uri, options = delta_location(root)
         create_table_with_add_actions(
-            str(root),
+            uri,
             Schema.from_arrow(schema),
-            [_add(root, path) for _, path in files],
+            [_add(path) for _, path in files],
             mode="error",
             name=root.name,
+            storage_options=options,
             commit_properties=properties,
         )
         return 0
@@ -122,22 +132,23 @@ def knows(table: DeltaTable | None, unit_id: str) -> bool:
     return table is not None and table.transaction_version(unit_id) is not None
 
 
-def _add(root: Path, path: Path) -> AddAction:
+def _add(path: Path) -> AddAction:
     facts = path.stat()
-    rows = pq.read_metadata(path).num_rows
-    stats = json.dumps({"numRecords": rows})
-    return AddAction(str(path.relative_to(root)), facts.st_size, {}, int(facts.st_mtime * 1000), True, stats)
+    with parquet(path) as file:
+        stats = json.dumps({"numRecords": file.metadata.num_rows})
+    return AddAction(path.name, facts.st_size, {}, int(facts.st_mtime * 1000), True, stats)
 
 
-def _remove(root: Path, path: Path) -> RemoveAction:
+def _remove(path: Path) -> RemoveAction:
     now_ms = int(time.time() * 1000)
-    return RemoveAction(str(path.relative_to(root)), True, now_ms, path.stat().st_size, {})
+    return RemoveAction(path.name, True, now_ms, path.stat().st_size, {})
 
 
 def delta_table(root: Path, version: int | None = None) -> DeltaTable | None:
     """The Delta table in a folder, or None when there is none."""
+    uri, options = delta_location(root)
     try:
-        return DeltaTable(str(root), version=version)
+        return DeltaTable(uri, version=version, storage_options=options)
     except TableNotFoundError:
         return None
 
@@ -145,15 +156,15 @@ def delta_table(root: Path, version: int | None = None) -> DeltaTable | None:
 def _rewritten(root: Path, table: DeltaTable, schema: pa.Schema, change: Change) -> list[AddAction | RemoveAction]:
     actions: list[AddAction | RemoveAction] = []
     for path in table_files(table, root):
-        old = pq.read_table(path, schema=schema).to_pylist()
+        old = pq.read_table(_opened(path), schema=schema).to_pylist()
         new = [row for row in map(change, old) if row is not None]
         if new == old:
             continue
-        actions.append(_remove(root, path))
+        actions.append(_remove(path))
         if new:
             target = root / f"{path.stem.partition('-')[0]}-{table.version() + 1}.parquet"
             write_shard(target, new, schema)
-            actions.append(_add(root, target))
+            actions.append(_add(target))
     return actions
 
 
@@ -200,12 +211,22 @@ def open_table(root: Path, version: int | None = None) -> DeltaTable:
 
 def table_files(table: DeltaTable, root: Path) -> list[Path]:
     """The Parquet files of a Delta table, sorted."""
-    return sorted(root / Path(uri).name for uri in table.file_uris())
+    return sorted(root / uri.rpartition("/")[2] for uri in table.file_uris())
+
+
+def parquet(path: Path) -> pq.ParquetFile:
+    """A Parquet file, here or in an object store."""
+    return pq.ParquetFile(_opened(path), memory_map=not isinstance(path, BucketPath))
+
+
+def _opened(path: Path) -> Any:
+    """What pyarrow reads: a file object for what lies elsewhere."""
+    return path.open() if isinstance(path, BucketPath) else path
 
 
 def placed(path: Path, columns: list[str]) -> pa.Table:
     """Columns of one shard with the place of each row: file, row_group, row."""
-    file = pq.ParquetFile(path)
+    file = parquet(path)
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     groups = [g for g, size in enumerate(sizes) for _ in range(size)]
     rows = [r for size in sizes for r in range(size)]

@@ -18,14 +18,14 @@ def touch(folder, name, content=b"x", **info):
 
 
 def plan(tmp_path, **changes):
-    return open_plan(tmp_path / "data", tmp_path / "raw", settings(tmp_path, tmp_path / "raw", **changes), "s")
+    return open_plan(tmp_path / "data", str(tmp_path / "raw"), settings(tmp_path, tmp_path / "raw", **changes), "s")
 
 
 def test_what_counts_as_a_video(tmp_path):
     for name in ("a.mp4", "sub/b.MKV", "\u4e2d\u6587 \u00fc.webm", ".hidden.mp4", "c.mp4.part", "notes.txt"):
         touch(tmp_path, name)
     (tmp_path / "folder.mp4").mkdir()
-    assert [s.uri for s in scan(tmp_path)] == ["a.mp4", "sub/b.MKV", "\u4e2d\u6587 \u00fc.webm"]
+    assert [s.uri for s in scan(str(tmp_path))] == ["a.mp4", "sub/b.MKV", "\u4e2d\u6587 \u00fc.webm"]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_the_split_has_its_share_and_is_stable(seed, share):
 
 def test_nothing_is_written_by_looking(tmp_path):
     touch(tmp_path / "raw", "a.mp4")
-    rows = new_rows(tmp_path / "data", tmp_path / "raw", settings(tmp_path, tmp_path / "raw"))
+    rows = new_rows(tmp_path / "data", str(tmp_path / "raw"), settings(tmp_path, tmp_path / "raw"))
     assert [r["video_id"] for r in rows] == ["a"]
     assert not (tmp_path / "data").exists()
 
@@ -119,5 +119,5 @@ def test_another_size_for_the_same_dataset_is_refused(tmp_path):
     touch(tmp_path / "raw", "a.mp4")
     plan(tmp_path)
     with pytest.raises(UserError, match="choose another --name"):
-        open_plan(tmp_path / "data", tmp_path / "raw", settings(tmp_path, tmp_path / "raw"), "other")
+        open_plan(tmp_path / "data", str(tmp_path / "raw"), settings(tmp_path, tmp_path / "raw"), "other")
     assert json.loads((tmp_path / "data" / "settings.json").read_text())["config_digest"] == "s"
