@@ -34,6 +34,7 @@ from serving.gateway import Gateway
 from serving.protocol import Model, ModelInfo, Prompted, StepJob, Stepped
 from serving.remote import Handle, RemoteModel
 from serving.store import open_store
+from serving.worlds import Worlds
 
 if TYPE_CHECKING:
     from serving.engine import Engine
@@ -97,7 +98,7 @@ class GatewayReplica:
         models |= {engine.info.reference: engine for engine in self._engines}
         galleries = {reference: path / "prompts" for reference, path in worlds.items()}
         store = open_store(config.store or str(Home(config.home).sessions_db))
-        self._gateway = Gateway(config, models, galleries, store)
+        self._gateway = Gateway(config, Worlds(models, galleries), store)
 
     def check_health(self) -> None:
         """Has Serve replace the replica when an engine in it has stopped."""

@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,9 +25,10 @@ from serving.edge import Edge
 from serving.export import session_mp4
 from serving.pictures import read_picture
 from serving.play import PlaySocket
-from serving.protocol import MAX_SEED, Model, Problem
-from serving.session import Sessions
+from serving.protocol import MAX_SEED, Problem
+from serving.session import Sessions, new_session_id
 from serving.store import Session, Store
+from serving.worlds import Worlds
 
 PLAYER = Path(__file__).parent / "player"
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
@@ -57,17 +57,13 @@ class Gateway:
 
     Args:
         config: the served application's settings.
-        models: served worlds by reference, the default first.
-        galleries: for each reference the folder of prompt pictures of its artifact.
+        worlds: what is served, with prompt pictures.
         store: the journal.
     """
 
-    def __init__(
-        self, config: ServeConfig, models: Mapping[str, Model], galleries: Mapping[str, Path], store: Store
-    ) -> None:
-        self.config, self.models, self.store = config, models, store
-        self.sessions = Sessions(store, models, config.limits)
-        self.galleries = {ref: _gallery(folder) for ref, folder in galleries.items()}
+    def __init__(self, config: ServeConfig, worlds: Worlds, store: Store) -> None:
+        self.config, self.worlds, self.store = config, worlds, store
+        self.sessions = Sessions(store, worlds, config.limits)
         self.players = 0
 
     def app(self) -> FastAPI:
@@ -107,23 +103,22 @@ class Gateway:
 
     async def readyz(self) -> dict[str, Any]:
         """Whether sessions can be created: 503 until every world has a replica."""
-        for reference, model in self.models.items():
-            if not await model.ready():
+        for reference in self.worlds.offered:
+            if not await self.worlds[reference].ready():
                 raise Problem(503, "not-ready", f"{reference} has no replica yet", retry_after_s=2)
-        return {"status": "ready", "models": list(self.models)}
+        return {"status": "ready", "models": self.worlds.offered}
 
     async def list_models(self) -> dict[str, Any]:
         """The worlds that can be played, the default first, with their prompt pictures."""
-        return {
-            "models": [
-                {**vars(m.info), "gallery": list(self.galleries.get(ref, ()))} for ref, m in self.models.items()
-            ],
-            "key_needed": bool(self.config.keys),
-        }
+        models = [
+            {**vars(self.worlds[r].info), "gallery": list(self.worlds.gallery(r)), "aliases": self.worlds.aliases(r)}
+            for r in self.worlds.offered
+        ]
+        return {"models": models, "key_needed": bool(self.config.keys)}
 
     async def gallery_picture(self, model: str, picture: str) -> Response:
         """One prompt picture of a world."""
-        path = self.galleries.get(self._model(model), {}).get(picture)
+        path = self.worlds.gallery(self.worlds.choose(model, "")).get(picture)
         if path is None:
             raise Problem(404, "no-such-picture", f"{model} has no prompt picture {picture[:80]!r}")
         cache = {"cache-control": "public, max-age=86400"}
@@ -142,10 +137,11 @@ class Gateway:
         """A session from a picture (multipart `picture`, one or several), base64 (JSON), or a gallery id."""
         owner = self._owner(request, authorization)
         fields, pictures = await _read_body(request)
-        reference = self._model(fields.get("model"))
-        info = self.models[reference].info
+        session_id = new_session_id()
+        reference = self.worlds.choose(fields.get("model"), session_id)
+        info = self.worlds[reference].info
         if fields.get("gallery") is not None:
-            path = self.galleries.get(reference, {}).get(str(fields["gallery"]))
+            path = self.worlds.gallery(reference).get(str(fields["gallery"]))
             if path is None:
                 raise Problem(404, "no-such-picture", f"{reference} has no prompt {str(fields['gallery'])[:80]!r}")
             pictures = [path.read_bytes()]
@@ -157,7 +153,7 @@ class Gateway:
         shape = {"height_px": info.height_px, "width_px": info.width_px, "limits": self.config.limits}
         frames = await asyncio.to_thread(lambda: np.stack([read_picture(p, **shape) for p in pictures]))
         seed = _seed(fields.get("seed"))
-        session, token = await self.sessions.create(frames, seed=seed, model=reference, owner=owner)
+        session, token = await self.sessions.create(frames, id=session_id, seed=seed, model=reference, owner=owner)
         return {**self._describe(session), "token": token}
 
     async def show(self, session_id: str, authorization: Bearer = None) -> dict[str, Any]:
@@ -216,7 +212,7 @@ class Gateway:
         """The session as a video."""
         session = self._open(session_id, authorization)
         rows = list(self.store.rows(session.id, session.first, session.step))
-        video = await asyncio.to_thread(session_mp4, rows, self.models[session.model].info.fps)
+        video = await asyncio.to_thread(session_mp4, rows, self.worlds[session.model].info.fps)
         name = f'attachment; filename="lampworks-{session.id}.mp4"'
         return Response(video, media_type="video/mp4", headers={"content-disposition": name})
 
@@ -242,27 +238,12 @@ class Gateway:
             raise Problem(401, "key-needed", "creating a session needs an API key: 'Authorization: Bearer <key>'")
         return f"key:{given[:12]}"
 
-    def _model(self, name: object) -> str:
-        """The served reference that a client means: a full one, a bare name, or nothing for the default."""
-        references = list(self.models)
-        if name in (None, ""):
-            return references[0]
-        found = next((r for r in references if name in (r, r.split("@")[0])), None)
-        if found is None:
-            raise Problem(404, "no-such-model", f"{str(name)[:80]!r} is not served: {', '.join(references)}")
-        return found
-
     def _describe(self, session: Session) -> dict[str, Any]:
-        info = self.models[session.model].info
+        info = self.worlds[session.model].info
         kept = ("model", "seed", "first", "start", "step", "created", "parent", "parent_step")
         about = {name: getattr(session, name) for name in kept}
         size = {"height_px": info.height_px, "width_px": info.width_px}
         return {"session": session.id, **about, "actions": info.actions, "fps": info.fps, **size}
-
-
-def _gallery(folder: Path) -> dict[str, Path]:
-    """Prompt pictures of an artifact by id; a client can only name what is listed here."""
-    return {p.stem: p for p in sorted(folder.glob("*.png"))}
 
 
 def _bearer(authorization: str | None) -> str | None:

@@ -63,7 +63,7 @@ class PlaySocket:
         """Reader and stepper side by side: a message is taken in at once, so nothing piles up behind a slow step."""
         greeting = self.sessions.stored(session, session.step, Flag.GREETING)
         await self.socket.send_bytes(greeting.pack())
-        reader = asyncio.create_task(self._read(self.sessions.models[session.model].info.actions))
+        reader = asyncio.create_task(self._read(self.sessions.worlds[session.model].info.actions))
         stepper = asyncio.create_task(self._step(session))
         try:
             done, _ = await asyncio.wait((reader, stepper), return_when=asyncio.FIRST_COMPLETED)

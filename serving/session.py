@@ -5,7 +5,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -17,7 +17,6 @@ from serving.protocol import (
     Context,
     Flag,
     FrameMessage,
-    Model,
     ModelUnavailable,
     Problem,
     StepJob,
@@ -26,6 +25,7 @@ from serving.protocol import (
     check_action,
 )
 from serving.store import Commit, Row, Session, Store
+from serving.worlds import Worlds
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +43,16 @@ class Sessions:
 
     Args:
         store: the journal.
-        models: served worlds by reference.
+        worlds: what is served.
         limits: bounds on clients.
     """
 
-    def __init__(self, store: Store, models: Mapping[str, Model], limits: Limits) -> None:
-        self.store, self.models, self.limits = store, models, limits
+    def __init__(self, store: Store, worlds: Worlds, limits: Limits) -> None:
+        self.store, self.worlds, self.limits = store, worlds, limits
 
-    async def create(self, frames_THWC: np.ndarray, *, seed: int, model: str, owner: str) -> tuple[Session, str]:
+    async def create(
+        self, frames_THWC: np.ndarray, *, id: str, seed: int, model: str, owner: str
+    ) -> tuple[Session, str]:
         """A new session from prompt frames in the world's shape.
 
         Returns:
@@ -60,7 +62,7 @@ class Sessions:
             Problem: 429 over a quota, 503 no replica.
         """
         self._check_quota(owner)
-        prompted = await self._patiently(lambda: self.models[model].prompt(frames_THWC), None)
+        prompted = await self._patiently(lambda: self.worlds[model].prompt(frames_THWC), None)
         count = len(prompted.tokens_TN)
         first = prompted.step - count + 1
         actions = [-1, *(int(a) for a in prompted.actions_T)]
@@ -75,7 +77,7 @@ class Sessions:
             for i in range(count)
         ]
         session = Session(
-            id=secrets.token_hex(8),
+            id=id,
             owner=owner,
             model=model,
             seed=seed,
@@ -111,7 +113,7 @@ class Sessions:
             raise Problem(
                 401, "token-expired", f"the session is older than {self.limits.token_days:g} days: start a new one"
             )
-        if session.model not in self.models:
+        if session.model not in self.worlds:
             raise Problem(
                 409, "model-not-served", f"the session plays {session.model}, which is not served here any more",
                 model=session.model,
@@ -157,7 +159,7 @@ class Sessions:
         Raises:
             Problem: 409 for a gap or a full session, 410 when fenced, 422 for the action, 503 without a replica.
         """
-        check_action(action, self.models[session.model].info.actions)
+        check_action(action, self.worlds[session.model].info.actions)
         if step <= session.step:
             return session, self.stored(session, step)
         if step != session.step + 1:
@@ -188,7 +190,7 @@ class Sessions:
         """
         self._check_quota(owner)
         token = secrets.token_urlsafe(32)
-        forked = self.store.fork(session.id, step, secrets.token_hex(8), token, owner)
+        forked = self.store.fork(session.id, step, new_session_id(), token, owner)
         if forked is None:
             raise Problem(
                 404, "no-such-step", f"step {step}: the session has steps {session.first} to {session.step}",
@@ -202,11 +204,11 @@ class Sessions:
         Returns:
             The first step that differs; None when all are equal.
         """
-        model, scratch = self.models[session.model], secrets.token_hex(8)
+        scratch = new_session_id()
         context: Context | None = _context(self.store.rows(session.id, session.first, session.start))
         for row in self.store.rows(session.id, session.start + 1, min(session.step, session.start + steps)):
             job = StepJob(session=scratch, seed=session.seed, step=row.step, action=row.action, context=context)
-            done = await self._patiently(lambda job=job: model.step(job), None)
+            done = await self._patiently(lambda job=job: self.worlds[session.model].step(job), None)
             if done is None or _pack_tokens(done.tokens_N) != row.tokens:
                 return row.step
             context = None
@@ -228,13 +230,12 @@ class Sessions:
         self, session: Session, step: int, action: int, on_state: StateListener | None
     ) -> tuple[Stepped, Flag]:
         """The next frame; the context is read from the journal only when the replica hasn't the session's cache."""
-        model = self.models[session.model]
         job = StepJob(session=session.id, seed=session.seed, step=step, action=action)
-        done = await self._patiently(lambda: model.step(job), on_state)
+        done = await self._patiently(lambda: self.worlds[session.model].step(job), on_state)
         if done is not None:
             return done, Flag(0)
         rebuilt = replace(job, context=self._context(session))
-        done = await self._patiently(lambda: model.step(rebuilt), on_state)
+        done = await self._patiently(lambda: self.worlds[session.model].step(rebuilt), on_state)
         if done is None:
             raise Problem(503, "model-unavailable", "the replica dropped the session at once", retry_after_s=1)
         return done, Flag.REBUILT
@@ -286,6 +287,11 @@ class Sessions:
                 429, "storage-full", f"your {usage.sessions} sessions hold {usage.bytes} bytes of "
                 f"{self.limits.stored_bytes}: delete some", retry_after_s=3600, limit_bytes=self.limits.stored_bytes,
             )  # fmt: skip
+
+
+def new_session_id() -> str:
+    """An id that nobody has: 64 random bits."""
+    return secrets.token_hex(8)
 
 
 def _context(rows: Iterable[Row]) -> Context:

@@ -34,6 +34,7 @@ from serving.engine import Engine
 from serving.gateway import Gateway
 from serving.pictures import decode_jpeg, encode_jpeg
 from serving.store import open_store
+from serving.worlds import Worlds
 
 SIZE, ACTIONS, FRAMES = 32, 5, 6
 SAMPLER = SamplerConfig(steps=2)
@@ -112,9 +113,8 @@ def gateway_of(home, engine, database, **settings):
     """The doors over an engine in this process, without Ray: the same application that a Serve replica runs."""
     store = open_store(str(database))
     prompts = {engine.info.reference: home.artifacts / "toy" / "v1" / "prompts"}
-    gateway = Gateway(
-        ServeConfig(home=home.path, world="toy", **settings), {engine.info.reference: engine}, prompts, store
-    )
+    worlds = Worlds({engine.info.reference: engine}, prompts)
+    gateway = Gateway(ServeConfig(home=home.path, world="toy", **settings), worlds, store)
     with listening(gateway.app()) as url:
         yield url
     store.close()
