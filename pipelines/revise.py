@@ -1,20 +1,22 @@
-"""What can be done to a dataset without decoding: judge clips again by other thresholds, and forget footage.
+"""What can be done to a dataset without decoding: judge clips again, settle what is kept of copies, forget footage.
 
 lampworks forget platformers --uploader someone
 """
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
-from infra.config import Home, digest, to_dict
-from pipelines.config import FilterConfig, ForgetConfig
+from infra.config import Home, from_dict, to_dict
+from pipelines.config import CurateConfig, FilterConfig, ForgetConfig
+from pipelines.dedup import copied, find_copies, mark_same_frames, read_pairs
 from pipelines.filters import judge
-from pipelines.manifest import PLAN_SCHEMA
+from pipelines.manifest import PLAN_SCHEMA, Plan, planned
 from pipelines.shards import CLIP_SCHEMA, KEPT, VIDEO_SCHEMA, Writer, open_dataset, open_ledger
 from pipelines.tables import DatasetError, delta_table, open_table, rewrite, table_files, write_shard
 from pipelines.unit import outcome_of
@@ -37,26 +39,30 @@ def judge_again(writer: Writer, filters: FilterConfig) -> dict[str, list[str]]:
         Videos with windows that pass now but were never encoded, with the ids of those clips that are: only these
         videos must be decoded once more.
     """
-    mark = writer.folder / JUDGED
-    wanted = digest(to_dict(filters))
-    if mark.exists() and json.loads(mark.read_text(encoding="utf-8")) == wanted:
+    if _mark(writer.folder).get("filters") == to_dict(filters) or delta_table(writer.folder / "videos") is None:
         return {}
     changes: dict[str, dict[str, Any]] = {}
     incomplete: dict[str, list[str]] = {}
-    if delta_table(writer.folder / "videos") is not None:
-        columns = ["video_id", "outcome", "stage", "reason", "detail", "duration_s", "windows", "dropped_clips"]
-        for row in open_ledger(writer.folder, columns):
-            if row["windows"] and row["outcome"] in (*KEPT, "rejected"):
-                _judge_video(row, filters, changes, incomplete)
+    for row in _judged(writer.folder):
+        _judge_video(row, filters, changes, incomplete)
     if changes:
         writer.amend(changes, "thresholds")
         log.info("curate | thresholds changed %d videos; %d must be decoded again", len(changes), len(incomplete))
     return incomplete
 
 
-def mark_judged(folder: Path, filters: FilterConfig) -> None:
-    """Notes that the ledger stands judged by these thresholds, so that the next run need not read it."""
-    (folder / JUDGED).write_text(json.dumps(digest(to_dict(filters))), encoding="utf-8")
+def _mark(folder: Path) -> dict[str, Any]:
+    """By which thresholds and classifier the ledger stands judged, and at which version."""
+    mark = folder / JUDGED
+    return json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else {}
+
+
+def _judged(folder: Path) -> list[dict[str, Any]]:
+    """The ledger's rows that thresholds decide on."""
+    columns = ["video_id", "outcome", "stage", "reason", "detail", "duration_s", "windows", "dropped_clips"]
+    rows = open_ledger(folder, [*columns, "source_width_px", "source_height_px", "size_bytes"])
+    open_to = (*KEPT, "rejected")
+    return [row for row in rows if row["windows"] and (row["outcome"] in open_to or row["reason"] == "copy")]
 
 
 def _judge_video(
@@ -72,8 +78,75 @@ def _judge_video(
     dropped = [w["clip_id"] for w in windows if w["reason"] and w["clip_id"]]
     stopped = row["detail"] if row["stage"] == "decode" else ""
     fresh = {**outcome_of(windows, row["duration_s"], stopped), "dropped_clips": dropped, "windows": windows}
+    if fresh["outcome"] == "rejected" and fresh["reason"] == "copy":
+        originals = sorted({w["copy_of"] for w in windows if w["reason"] == "copy"})
+        fresh |= {"outcome": "duplicate", "stage": "copies", "detail": f"as {', '.join(originals)}"[:200]}
     if any(fresh[key] != row[key] for key in fresh):
         changes[row["video_id"]] = fresh
+
+
+# -- the last word -----------------------------------------------------------------------------------------------
+
+
+def settle(writer: Writer, plan: Plan, config: CurateConfig) -> None:
+    """After all units are done: scores clips, finds copies among them, and judges each by what it is now known to be.
+
+    Where nothing changed since the last time, nothing is read.
+    """
+    said = {"filters": to_dict(config.filters), "quality": config.quality}
+    version = open_table(writer.folder / "videos").version()
+    if _mark(writer.folder) == {**said, "version": version}:
+        return
+    mark_same_frames(writer, plan)
+    scores = None
+    if config.quality:
+        from pipelines.quality import score
+
+        scores = score(writer.folder, config)
+    if config.filters.max_copied_share < 1:
+        find_copies(writer.folder, config.cluster)
+    version = settle_ledger(writer, config.filters, scores)
+    (writer.folder / JUDGED).write_text(json.dumps({**said, "version": version}), encoding="utf-8")
+
+
+def settle_ledger(writer: Writer, filters: FilterConfig, scores: Mapping[str, float] | None) -> int:
+    """Writes scores and shares of copies into the ledger's windows and judges them; a version if anything changes.
+
+    Args:
+        writer: of the dataset.
+        filters: thresholds.
+        scores: quality by clip id; None leaves those that are there.
+    Returns:
+        The dataset's version.
+    """
+    rows = _judged(writer.folder)
+    bare: dict[str, Any] = {"copied_share": None, "copy_of": None}
+    fresh: list[dict[str, Any]] = [{**row, "windows": [{**w, **bare} for w in row["windows"]]} for row in rows]
+    ranks: dict[str, tuple[Any, ...]] = {}
+    for row in fresh:
+        for window in row["windows"]:
+            if scores is not None:
+                window["quality"] = scores.get(window["clip_id"] or "")
+            if window["clip_id"] and not judge(window, filters):
+                ranks[window["clip_id"]] = (*_rank(row), window["start_s"])
+    shares = copied(ranks, read_pairs(writer.folder))
+    changes: dict[str, dict[str, Any]] = {}
+    for row, before in zip(fresh, rows, strict=True):
+        for window in row["windows"]:
+            share, original = shares.get(window["clip_id"] or "", (None, None))
+            window |= {"copied_share": share and float(np.float32(share)), "copy_of": original}
+        _judge_video(row, filters, changes, {})
+        if row["video_id"] not in changes and row["windows"] != before["windows"]:
+            changes[row["video_id"]] = {"windows": row["windows"]}
+    if changes:
+        log.info("curate | scores and copies changed %d videos", len(changes))
+    return writer.amend(changes, "scores and copies")
+
+
+def _rank(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Which copy is better, lower first: the larger picture, the more bits a second, the smaller id."""
+    pixels = (row["source_width_px"] or 0) * (row["source_height_px"] or 0)
+    return -pixels, -(row["size_bytes"] or 0) / max(row["duration_s"] or 0.0, 1e-3), row["video_id"]
 
 
 # -- takedown ----------------------------------------------------------------------------------------------------
@@ -94,20 +167,43 @@ def forget(config: ForgetConfig) -> str:
     dataset = open_dataset(Home(config.home), name)
     writer = Writer(dataset.folder)
     key, value = ("video_id", config.video) if config.video else ("uploader", config.uploader)
-    ledger = open_ledger(dataset.folder, ["video_id", "uploader", "outcome"])
-    gone = {row["video_id"] for row in ledger if row[key] == value}
+    gone = _videos_with(dataset.folder / "videos", key, value)
     if not gone:
         raise DatasetError(f"dataset {name!r} has no video with {key} {value!r}: see its ledger")
     clips = dataset.folder / "clips"
     held = _clips_of(clips, gone)
-    for tokens in sorted(dataset.folder.glob("tokens-*")):
-        _purge(tokens, lambda row: row["clip_id"] in held, lambda row: None)
-    _purge(clips, lambda row: row["video_id"] in gone, lambda row: None)
+    for table in sorted([*dataset.folder.glob("tokens-*"), *dataset.folder.glob("quality-*")]):
+        _purge(table, lambda row: row["clip_id"] in held)
+    _purge(clips, lambda row: row["video_id"] in gone)
     writer.amend({video: _tombstone() for video in gone}, "forgotten")
+    returned = _return_copies(writer, gone)
     _delete_unreferenced(dataset.folder / "videos", lambda row: row["video_id"] in gone)
     _scrub_plans(dataset.folder / "plans", gone)
-    log.info("forget | %s | %d videos | %d clips", name, len(gone), len(held))
+    log.info("forget | %s | %d videos | %d clips | %d other copies return", name, len(gone), len(held), returned)
     return f"{len(gone)} videos with {len(held)} clips are gone from {name}, older versions included"
+
+
+def _videos_with(root: Path, key: str, value: str | None) -> set[str]:
+    """Videos that any file answers for, those of older versions too: a killed request finds its footage again."""
+    files = (pq.read_table(p, columns=["video_id", key]).to_pylist() for p in root.glob("[!.]*.parquet"))
+    return {row["video_id"] for file in files for row in file if row[key] == value}
+
+
+def _return_copies(writer: Writer, gone: set[str]) -> int:
+    """Where the kept copy is forgotten, the next best one takes its place; returns how many videos come back.
+
+    Byte-identical files were never decoded and stay away: they are what was asked to be forgotten.
+    """
+    names = {f"as {video}" for video in gone}
+    rows = open_ledger(writer.folder, ["video_id", "outcome", "reason", "detail", "duration_s", "windows"])
+    same = [row for row in rows if row["reason"] == "same_frames" and row["detail"] in names]
+    writer.amend({row["video_id"]: outcome_of(row["windows"], row["duration_s"], "") for row in same}, "returned")
+    mark_same_frames(writer, Plan(planned(writer.folder)))
+    if mark := _mark(writer.folder):
+        version = settle_ledger(writer, from_dict(FilterConfig, mark["filters"]), None)
+        (writer.folder / JUDGED).write_text(json.dumps({**mark, "version": version}), encoding="utf-8")
+    after = {row["video_id"]: row["outcome"] for row in open_ledger(writer.folder, ["video_id", "outcome"])}
+    return sum(row["outcome"] not in KEPT and after[row["video_id"]] in KEPT for row in rows)
 
 
 def _tombstone() -> dict[str, Any]:
@@ -122,16 +218,14 @@ def _clips_of(root: Path, gone: set[str]) -> set[str]:
     return {row["clip_id"] for file in rows for row in file if row["video_id"] in gone}
 
 
-def _purge(
-    root: Path, concerns: Callable[[dict[str, Any]], bool], change: Callable[[dict[str, Any]], dict[str, Any] | None]
-) -> None:
+def _purge(root: Path, concerns: Callable[[dict[str, Any]], bool]) -> None:
     """Takes rows out of a table in a new version, then deletes every older file that held them."""
     table = delta_table(root)
     if table is None:
         return
     files = table_files(table, root)
     schema = pq.read_schema(files[0]) if files else CLIP_SCHEMA
-    rewrite(root, table, schema, lambda row: change(row) if concerns(row) else row, {"message": "forgotten"})
+    rewrite(root, table, schema, lambda row: None if concerns(row) else row, {"message": "forgotten"})
     _delete_unreferenced(root, concerns)
 
 
