@@ -14,8 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.actions import LatentActionModel
-from models.config import ActionsConfig, DynamicsConfig, ModelError, TokenizerConfig, config_from_dict, config_to_dict
+from models.config import (
+    ActionsConfig,
+    DynamicsConfig,
+    ModelError,
+    QualityConfig,
+    TokenizerConfig,
+    config_from_dict,
+    config_to_dict,
+)
 from models.dynamics import Dynamics
+from models.quality import QualityNet
 from models.tokenizer import Tokenizer
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
@@ -23,12 +32,13 @@ _KINDS: dict[str, tuple[type[nn.Module], type]] = {
     "tokenizer": (Tokenizer, TokenizerConfig),
     "actions": (LatentActionModel, ActionsConfig),
     "dynamics": (Dynamics, DynamicsConfig),
+    "quality": (QualityNet, QualityConfig),
 }
-Model = Tokenizer | LatentActionModel | Dynamics
+Model = Tokenizer | LatentActionModel | Dynamics | QualityNet
 
 
 def build_model(kind: str, config: Any) -> Model:
-    """A fresh model of kind tokenizer, actions or dynamics; `config` is its dataclass or `config_to_dict` of it.
+    """A fresh model of kind tokenizer, actions, dynamics or quality; `config` is its dataclass or `config_to_dict` of it.
 
     Raises:
         ModelError: the kind is unknown, or the config is of another kind or refused.
@@ -44,7 +54,7 @@ def build_model(kind: str, config: Any) -> Model:
 
 
 def kind_of(model: nn.Module) -> str:
-    """tokenizer, actions or dynamics.
+    """tokenizer, actions, dynamics or quality.
 
     Raises:
         ModelError: it is none of them.

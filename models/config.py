@@ -308,6 +308,27 @@ class SamplerConfig:
         _one_of("SamplerConfig.policy", self.policy, get_args(Policy))
 
 
+@dataclass(frozen=True, kw_only=True)
+class QualityConfig:
+    """The classifier of clips: a ResNet-18 on thumbnails (paper, section 3.1), 11 M parameters at its default width."""
+
+    frames: int = 8
+    """Thumbnails of a clip, evenly spread over it."""
+    height_px: int = 54
+    """Height of a thumbnail."""
+    width_px: int = 96
+    """Width of a thumbnail; clips of another shape are stretched."""
+    width: int = 64
+    """Features of the first of four stages; each of the others has twice as many as the one before."""
+    groups: int = 8
+    """Groups that features are normalised in, a divisor of the width."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "frames", "width", "groups")
+        _require(min(self.height_px, self.width_px) >= 16, "QualityConfig: thumbnails need at least 16x16 px")
+        _require(self.width % self.groups == 0, f"QualityConfig.width is {self.width}; make it a multiple of groups")
+
+
 def config_to_dict(config: Any) -> dict[str, Any]:
     """The settings as plain JSON-ready values."""
     return {

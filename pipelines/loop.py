@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 STOP = "stop"
 SKIPPED = "skipped.json"
+INPUTS = ("frames", "tokens", "key", "label", "weight")
+"""What models take of a batch."""
 RESULT = "result"
 
 
@@ -218,7 +220,7 @@ class Loop:
         if int(batch["sample"][0]) != first or len(batch["sample"]) != self.schedule.micro_batch:
             found = int(batch["sample"][0])
             raise RuntimeError(f"rank {self.engine.rank} got sample {found} at step {step}, the order says {first}")
-        arrays = {name: np.ascontiguousarray(batch[name]) for name in ("frames", "tokens", "key") if name in batch}
+        arrays = {name: np.ascontiguousarray(batch[name]) for name in INPUTS if name in batch}
         return {name: torch.from_numpy(array).to(self.engine.device) for name, array in arrays.items()}
 
     def _left_out(self, step: int) -> None:

@@ -5,11 +5,13 @@ MLflow from the training's journal, and publishes the result. All state lies in 
 tracking outbox, so driver, workers and nodes may die at any time: the same command goes on.
 """
 
+import json
 import logging
 import os
 import shutil
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.artifact import Artifact, find, publish
@@ -98,7 +100,7 @@ def train(config: TrainConfig) -> Artifact:
     try:
         _run(job, follower)
         follower.draw_curves()
-        metrics = follower.final
+        metrics = follower.final | _measured(job.folder / "result", run)
         made = publish(home, name=config.artifact_name, kind=KINDS[config.stage], source_dir=job.folder / "result",
                        config=job.settings, parents=job.parents, metrics=metrics, identity=job.identity)  # fmt: skip
     except BaseException as error:
@@ -106,11 +108,21 @@ def train(config: TrainConfig) -> Artifact:
         run.close("KILLED" if isinstance(error, Interrupted) else "FAILED")
         raise
     run.tags({"artifact": made.reference})
+    if made.kind == "world":
+        run.model(made.path, made.reference, made.fingerprint)
     run.event(f"published {made.reference}")
     run.close()
     shutil.rmtree(job.folder / "result")
     log.info("train %s: published %s", config.stage, made.reference)
     return made
+
+
+def _measured(result: Path, run: Run) -> dict[str, float]:
+    """What a stage measured of its result when it wrote it; the charts go to the run."""
+    for chart in sorted(result.glob("*.svg")):
+        run.file(chart, "figures")
+    path = result / "measures.json"
+    return json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}
 
 
 def _run(job: "Job", follower: Follower) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from infra.config import ClusterConfig, TrackingConfig, UserError, within
-from models.config import WorldConfig
+from models.config import QualityConfig, WorldConfig
 
-STAGES = ("tokenizer", "actions", "dynamics", "world")
+STAGES = ("tokenizer", "actions", "dynamics", "world", "quality")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,9 @@ class TrainConfig:
 
     home: Path = Path("lampworks-home")
     """Folder that everything is written under; a cluster's must be shared by its nodes."""
-    stage: Literal["tokenizer", "actions", "dynamics", "world"] = "tokenizer"
-    """tokenizer; actions: the latent action model; dynamics: with finished actions; world: actions and dynamics."""
+    stage: Literal["tokenizer", "actions", "dynamics", "world", "quality"] = "tokenizer"
+    """tokenizer; actions: the latent action model; dynamics: with finished actions; world: actions and dynamics;
+    quality: the classifier of clips, from what `lampworks label` wrote."""
     name: str | None = None
     """Name of the artifact; None takes the stage's."""
     dataset: str = "platformers"
@@ -95,6 +96,10 @@ class TrainConfig:
     """Latent action artifact for dynamics; None takes `actions`."""
     model: WorldConfig = field(default_factory=WorldConfig)
     """The world's settings; a stage uses its part, and takes finished parts from their artifacts."""
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    """The quality classifier's settings."""
+    label_holdout: float = 0.25
+    """Share of the labelled videos that the quality classifier is measured on and never learns from."""
     steps: int = 4000
     """Optimizer steps."""
     batch: int = 16
@@ -144,6 +149,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         within("--mfu", self.mfu, 0.01, 1)
+        within("--label-holdout", self.label_holdout, 0.01, 0.9)
         within("--steps", self.steps, 1, 1e9)
         within("--workers", self.workers, 0, 100_000)
         within("--micro-batch", self.micro_batch, 1, self.batch)
