@@ -161,6 +161,8 @@ class CurateConfig:
     """Frames in a clip."""
     aspect: Literal["pad", "crop", "stretch"] = "pad"
     """What to do with another shape: black bars, cut the edges, or stretch."""
+    crop_bars: bool = True
+    """Cut off black bars that a whole video has on opposite sides, before it is brought into shape."""
     codec: Literal["h264_444", "h264_420"] = "h264_444"
     """How clips are stored; 4:2:0 saves 9% and caps quality at about 35 dB at this size."""
     crf: int = 15
@@ -169,6 +171,10 @@ class CurateConfig:
     """Which videos are wanted, by their metadata."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Which clips are kept, by what is seen."""
+    quality: str | None = None
+    """Classifier (`name` or `name@version`, see `lampworks label`) that scores clips for `--filters.min-quality`."""
+    quality_gpus: float = 0.0
+    """GPUs (a share, such as 0.25) for each worker that scores; 0 scores on CPUs."""
     fetch: FetchConfig = field(default_factory=FetchConfig)
     """How videos that lie elsewhere are fetched."""
     retry: tuple[str, ...] = ()
@@ -177,6 +183,8 @@ class CurateConfig:
     """Share of videos in the `test` split, by a hash of the video's id: stable when videos are added."""
     unit_s: float = 3600.0
     """Most source seconds in a work unit (one shard file); small sources get smaller units, at least sixteen."""
+    part_s: float = 3600.0
+    """Longest piece of a video that one unit works on; longer videos are cut into parts with a ledger row each."""
     timeout_s: float = 120.0
     """Most CPU time on one video, and longest time without any, before it becomes a dead letter."""
     timeout_factor: float = 2.0
@@ -195,6 +203,9 @@ class CurateConfig:
     """The Ray cluster to run on."""
 
     def __post_init__(self) -> None:
+        within("--quality-gpus", self.quality_gpus, 0, 8)
+        if self.filters.min_quality and not self.quality:
+            raise UserError("--filters.min-quality needs scores: name a classifier with --quality, or leave it out")
         within("--width-px", self.width_px, 16, 4096)
         within("--height-px", self.height_px, 16, 4096)
         within("--fps", self.fps, 1, 60)

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 
 from infra.config import Home, from_dict, to_dict
 from pipelines.config import CurateConfig, FilterConfig, ForgetConfig
+from pipelines.cutter import outcome_of
 from pipelines.dedup import copied, find_copies, mark_same_frames, read_pairs
 from pipelines.filters import judge
 from pipelines.manifest import PLAN_SCHEMA, Plan, planned
 from pipelines.shards import CLIP_SCHEMA, KEPT, VIDEO_SCHEMA, Writer, open_dataset, open_ledger
 from pipelines.tables import DatasetError, delta_table, open_table, rewrite, table_files, write_shard
-from pipelines.unit import outcome_of
 
 log = logging.getLogger(__name__)
 

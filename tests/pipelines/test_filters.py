@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from infra.config import UserError
 from pipelines.config import FilterConfig, RulesConfig
 from pipelines.filters import Metadata, Rules, judge, measure
+from pipelines.video import brightness, split_planes
 from tests.pipelines.footage import scroll
 
 
@@ -89,8 +90,19 @@ def test_own_rules(tmp_path):
     assert rules.decide(Metadata(title="platformer speedrun")).reason == "title"
 
 
+def grey(frames):
+    return brightness(np.stack([split_planes(f) for f in frames]))
+
+
 def signals(frames, **facts):
-    return {**measure(frames), "held_share": 0.0, "max_gap_ms": 100, "corrupt_share": 0.0, "cut_frames": [], **facts}
+    return {
+        **measure(grey(frames)),
+        "held_share": 0.0,
+        "max_gap_ms": 100,
+        "corrupt_share": 0.0,
+        "cut_frames": [],
+        **facts,
+    }
 
 
 def noisy(picture, frames=40):
@@ -138,4 +150,4 @@ def test_what_the_decoder_met_decides(facts, reason):
 def test_bars_are_measured(top, left):
     frames = scroll(3) // 2 + 100
     frames[:, :top], frames[:, :, :left] = 0, 0
-    assert measure(frames)["letterbox"] == pytest.approx(1 - (64 - top) * (64 - left) / 64**2)
+    assert measure(grey(frames))["letterbox"] == pytest.approx(1 - (64 - top) * (64 - left) / 64**2)

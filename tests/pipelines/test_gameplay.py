@@ -6,7 +6,8 @@ import pytest
 from infra.config import Home, UserError
 from pipelines.config import RecordConfig
 from pipelines.gameplay import COMBOS, held_actions, plan, play, record
-from pipelines.video import Sampler, VideoError, probe
+from pipelines.sampling import Sampler
+from pipelines.video import VideoError, probe
 
 
 def config(home, **changes):

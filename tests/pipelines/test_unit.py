@@ -11,6 +11,12 @@ from pipelines.unit import Child, curate_video
 from tests.pipelines.footage import film, film_as, scroll, settings
 
 
+def curated(path, config):
+    """Result and rows of one video, in this process."""
+    rows = []
+    return {**curate_video(job(path), config, "x", rows.append), "rows": rows}
+
+
 def job(path, **changes):
     return {"path": str(path), "verdict": False, "peek": False, "have": [], **changes}
 
@@ -24,7 +30,8 @@ def child(tmp_path):
 
 def test_a_child_does_what_the_function_does(tmp_path, child):
     path = film(tmp_path, "v", scroll(90))
-    result, direct = child.run(job(path), 60), curate_video(job(path), settings(tmp_path, tmp_path), "x")
+    result, direct = child.run(job(path), 60), curated(path, settings(tmp_path, tmp_path))
+    result["rows"] = list(result["rows"])
     assert {k: v for k, v in result.items() if k != "seconds"} == direct
     assert result["seconds"] > 0
     first = child.process.pid
@@ -90,10 +97,10 @@ def test_true_actions_are_carried_along(tmp_path):
     path = film(tmp_path, "v", scroll(90), fps=20)
     actions = np.arange(90) // 2
     np.savez(path.with_suffix(".actions.npz"), times_s=np.arange(90) / 20, action=actions)
-    rows = curate_video(job(path), settings(tmp_path, tmp_path), "x")["rows"]
+    rows = curated(path, settings(tmp_path, tmp_path))["rows"]
     assert [row["actions"] for row in rows] == [list(range(20)), list(range(20, 40))]
     path.with_suffix(".actions.npz").unlink()
-    assert curate_video(job(path), settings(tmp_path, tmp_path), "x")["rows"][0]["actions"] is None
+    assert curated(path, settings(tmp_path, tmp_path))["rows"][0]["actions"] is None
 
 
 def test_a_file_that_went_away_is_a_dead_letter(tmp_path, child):
@@ -103,5 +110,5 @@ def test_a_file_that_went_away_is_a_dead_letter(tmp_path, child):
 
 def test_cuts_are_stored_for_the_window_sampler(tmp_path):
     path = film(tmp_path, "v", np.concatenate([scroll(50, seed=1), scroll(40, seed=2)]), fps=20)
-    rows = curate_video(job(path), settings(tmp_path, tmp_path), "x")["rows"]
+    rows = curated(path, settings(tmp_path, tmp_path))["rows"]
     assert [row["cut_frames"] for row in rows] == [[], [5]]  # 2.5 s is frame 5 of the clip that starts at 2.0 s
