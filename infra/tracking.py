@@ -1,4 +1,4 @@
-"""The only file that knows MLflow: one run per piece of work, however often its process dies or the server is away.
+"""The only file that knows MLflow's runs: one per piece of work, however often its process dies or the server is away.
 
 Everything a run says first goes into an outbox file beside the work and is sent from there. A restart opens the
 same run again (found by its key), an outage only lets the outbox grow, and nothing waits for the server.
@@ -6,7 +6,6 @@ same run again (found by its key), an outage only lets the outbox grow, and noth
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infra.config import Home, TrackingConfig
+from infra.registry import connect, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,6 +88,10 @@ class Run:
     def file(self, path: Path, to: str = "") -> None:
         """An existing file, kept as an artifact under the folder `to`. It must stay until it is sent."""
         self._put({"kind": "file", "path": str(path), "to": to})
+
+    def model(self, path: Path, reference: str, fingerprint: str) -> None:
+        """A published world, for the registry (`infra.registry.register`)."""
+        self._put({"kind": "model", "path": str(path), "reference": reference, "fingerprint": fingerprint})
 
     def image(self, name: str, pixels: np.ndarray) -> None:
         """A picture (H,W,3 uint8), kept as pictures/<name>.png."""
@@ -208,6 +212,9 @@ class Run:
                     client.log_batch(self._id(), params=fresh[start : start + 100])
             case "file" if Path(record["path"]).exists():
                 client.log_artifact(self._id(), record["path"], record["to"] or None)
+            case "model":
+                about = Path(record["path"]), record["reference"], record["fingerprint"]
+                register(client, self._experiment(client), self._id(), *about)
             case "status":
                 client.set_terminated(self._id(), record["value"])
 
@@ -220,14 +227,7 @@ class Run:
         """The client, with the run found by its key or created."""
         if self._client is not None:
             return self._client
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow import MlflowClient
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # a new store tells of every migration
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        client = MlflowClient(tracking_uri=self.uri)
+        client = connect(self.uri)
         experiment = self._experiment(client)
         if self.run_id is None:
             found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{self.key}'", max_results=1)

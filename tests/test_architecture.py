@@ -53,7 +53,7 @@ HOMES = {
     "deepspeed": ("pipelines",),
     "ray.serve": ("serving",),
     "fastapi": ("serving",),
-    "mlflow": ("infra/tracking.py",),
+    "mlflow": ("infra/tracking.py", "infra/registry.py"),
 }
 
 
