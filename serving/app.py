@@ -81,6 +81,10 @@ class WorldModel:
             await asyncio.sleep(0)  # frames of one pass are handed out one after another
             yield [(under_way.pop(task), _outcome(task)) for task in list(under_way) if task.done()]
 
+    async def forget(self, session: str) -> None:
+        """Frees a session's slot."""
+        await self._engine.forget(session)
+
     def check_health(self) -> None:
         """Has Serve replace the replica when its engine has stopped."""
         if not self._engine.alive:

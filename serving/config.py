@@ -25,6 +25,10 @@ class Limits:
     """Longest session, in steps."""
     forks: int = 16
     """Most copies one fork request may make."""
+    rollout_frames: int = 1024
+    """Most frames that one rollout request may compute; twice as many may be asked for by all together."""
+    rollouts_at_once: int = 4
+    """Rollouts and replays that a gateway computes side by side, each in a slot of the device."""
     live_players: int = 256
     """Open play sockets of one gateway."""
     creates_per_min: int = 120

@@ -11,7 +11,7 @@ import hmac
 import json
 import secrets
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import FastAPI, Header, Query, Request, Response, WebSocket
@@ -26,6 +26,7 @@ from serving.export import session_mp4
 from serving.pictures import read_picture
 from serving.play import PlaySocket
 from serving.protocol import MAX_SEED, Problem
+from serving.rollouts import Rollouts
 from serving.session import Sessions, new_session_id
 from serving.store import Session, Store
 from serving.worlds import Worlds
@@ -52,6 +53,18 @@ class ForkBody(BaseModel):
     n: int = Field(1, ge=1, le=1000, description="how many forks")
 
 
+class RolloutBody(BaseModel):
+    """Futures to compute: N rows of T actions, each from the same step."""
+
+    model_config = ConfigDict(extra="forbid")
+    session: str = Field(max_length=64)
+    step: int | None = Field(None, ge=0, le=2**31, description="the step they start from; the newest by default")
+    actions: list[Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=4096)]] = Field(
+        min_length=1, max_length=4096
+    )
+    frames: Literal["all", "last"] = "all"
+
+
 class Gateway:
     """Everything a client can reach.
 
@@ -64,6 +77,7 @@ class Gateway:
     def __init__(self, config: ServeConfig, worlds: Worlds, store: Store) -> None:
         self.config, self.worlds, self.store = config, worlds, store
         self.sessions = Sessions(store, worlds, config.limits)
+        self.rollouts = Rollouts(self.sessions)
         self.players = 0
 
     def app(self) -> FastAPI:
@@ -87,6 +101,7 @@ class Gateway:
             ("GET", session + "/history", self.history),
             ("GET", session + "/frames/{n}.jpg", self.frame),
             ("GET", session + "/export.mp4", self.export),
+            ("POST", "/v1/rollouts", self.roll_out),
         ):
             app.add_api_route(path, door, methods=[method])
         app.add_api_route("/v1/sessions", self.create, methods=["POST"], status_code=201, openapi_extra=_CREATE_BODY)
@@ -189,12 +204,22 @@ class Gateway:
         forks = [self.sessions.fork(session, step, session.owner) for _ in range(body.n)]
         return {"sessions": [{**self._describe(s), "token": t} for s, t in forks]}
 
+    async def roll_out(self, body: RolloutBody, authorization: Bearer = None) -> dict[str, Any]:
+        """Where rows of actions lead from a step, for agents that look ahead. Nothing is kept: the same request gives
+        the same frames, and playing the actions in the session gives them too."""
+        session = self._open(body.session, authorization)
+        step = session.step if body.step is None else body.step
+        rows = await self.rollouts.ahead(session, step, body.actions)
+        kept = [frames if body.frames == "all" else frames[-1:] for frames in rows]
+        told = [[base64.b64encode(jpeg).decode() for jpeg in frames] for frames in kept]
+        return {"session": session.id, "step": step, "frames": told}
+
     async def replay(
         self, session_id: str, authorization: Bearer = None, steps: Annotated[int, Query(ge=1, le=1000)] = 100
     ) -> dict[str, Any]:
         """Computes the first steps again and compares them with the journal, token by token."""
         session = self._open(session_id, authorization)
-        different = await self.sessions.replay(session, steps)
+        different = await self.rollouts.replay(session, steps)
         return {"steps": min(steps, session.step - session.start), "equal": different is None, "differs_at": different}
 
     async def history(self, session_id: str, authorization: Bearer = None) -> dict[str, Any]:

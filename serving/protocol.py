@@ -239,3 +239,7 @@ class Model(Protocol):
             ModelUnavailable: ask again.
         """
         ...
+
+    async def forget(self, session: str) -> None:
+        """Frees what is held for a session that nobody will go on with; a hint, never needed."""
+        ...

@@ -7,6 +7,7 @@ its way a step leaves at once; while some are, it waits at most `LINGER_S` for c
 
 import asyncio
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,12 @@ class RemoteModel:
         if done is None:
             self._settle(job.session, None)
         return done
+
+    async def forget(self, session: str) -> None:
+        """Frees the session's slot, if a replica has it."""
+        self._settle(session, None)
+        with suppress(*UNAVAILABLE):
+            await self._handle.options(session_id=session).forget.remote(session)
 
     def _settle(self, session: str, home: str | None) -> None:
         """Remembers which replica holds a session, or forgets it."""

@@ -62,7 +62,7 @@ class Sessions:
             Problem: 429 over a quota, 503 no replica.
         """
         self._check_quota(owner)
-        prompted = await self._patiently(lambda: self.worlds[model].prompt(frames_THWC), None)
+        prompted = await self.patiently(lambda: self.worlds[model].prompt(frames_THWC), None)
         count = len(prompted.tokens_TN)
         first = prompted.step - count + 1
         actions = [-1, *(int(a) for a in prompted.actions_T)]
@@ -71,7 +71,7 @@ class Sessions:
                 step=first + i,
                 action=actions[i],
                 context=i + 1,
-                tokens=_pack_tokens(prompted.tokens_TN[i]),
+                tokens=pack_tokens(prompted.tokens_TN[i]),
                 jpeg=encode_jpeg(prompted.frames_THWC[i]),
             )
             for i in range(count)
@@ -135,10 +135,7 @@ class Sessions:
         """
         row = self.store.row(session.id, step)
         if row is None:
-            raise Problem(
-                404, "no-such-step", f"step {step}: the session has steps {session.first} to {session.step}",
-                first=session.first, step=session.step,
-            )  # fmt: skip
+            raise _no_step(session, step)
         action = NO_ACTION if row.action < 0 else row.action
         return FrameMessage(step=step, action=action, flags=flags, timings=Timings(), jpeg=row.jpeg)
 
@@ -159,7 +156,7 @@ class Sessions:
         Raises:
             Problem: 409 for a gap or a full session, 410 when fenced, 422 for the action, 503 without a replica.
         """
-        check_action(action, self.worlds[session.model].info.actions)
+        self.check(session, action)
         if step <= session.step:
             return session, self.stored(session, step)
         if step != session.step + 1:
@@ -170,7 +167,7 @@ class Sessions:
         began = time.perf_counter()
         jpeg = encode_jpeg(done.frame_HWC)
         encoded = time.perf_counter()
-        row = Row(step=step, action=action, context=done.context, tokens=_pack_tokens(done.tokens_N), jpeg=jpeg)
+        row = Row(step=step, action=action, context=done.context, tokens=pack_tokens(done.tokens_N), jpeg=jpeg)
         outcome = self.store.commit(session.id, session.epoch, row)
         timings = Timings(
             queue_s=done.queue_s,
@@ -192,27 +189,8 @@ class Sessions:
         token = secrets.token_urlsafe(32)
         forked = self.store.fork(session.id, step, new_session_id(), token, owner)
         if forked is None:
-            raise Problem(
-                404, "no-such-step", f"step {step}: the session has steps {session.first} to {session.step}",
-                first=session.first, step=session.step,
-            )  # fmt: skip
+            raise _no_step(session, step)
         return forked, token
-
-    async def replay(self, session: Session, steps: int) -> int | None:
-        """Computes the first steps again from the prompt alone and compares tokens with the journal.
-
-        Returns:
-            The first step that differs; None when all are equal.
-        """
-        scratch = new_session_id()
-        context: Context | None = _context(self.store.rows(session.id, session.first, session.start))
-        for row in self.store.rows(session.id, session.start + 1, min(session.step, session.start + steps)):
-            job = StepJob(session=scratch, seed=session.seed, step=row.step, action=row.action, context=context)
-            done = await self._patiently(lambda job=job: self.worlds[session.model].step(job), None)
-            if done is None or _pack_tokens(done.tokens_N) != row.tokens:
-                return row.step
-            context = None
-        return None
 
     def _settle(self, outcome: Commit, session: Session, message: FrameMessage) -> tuple[Session, FrameMessage]:
         """What the caller gets after a commit was tried."""
@@ -231,16 +209,16 @@ class Sessions:
     ) -> tuple[Stepped, Flag]:
         """The next frame; the context is read from the journal only when the replica hasn't the session's cache."""
         job = StepJob(session=session.id, seed=session.seed, step=step, action=action)
-        done = await self._patiently(lambda: self.worlds[session.model].step(job), on_state)
+        done = await self.patiently(lambda: self.worlds[session.model].step(job), on_state)
         if done is not None:
             return done, Flag(0)
-        rebuilt = replace(job, context=self._context(session))
-        done = await self._patiently(lambda: self.worlds[session.model].step(rebuilt), on_state)
+        rebuilt = replace(job, context=self.context(session, session.step))
+        done = await self.patiently(lambda: self.worlds[session.model].step(rebuilt), on_state)
         if done is None:
             raise Problem(503, "model-unavailable", "the replica dropped the session at once", retry_after_s=1)
         return done, Flag.REBUILT
 
-    async def _patiently(self, ask: Callable[[], Awaitable[T]], on_state: StateListener | None) -> T:
+    async def patiently(self, ask: Callable[[], Awaitable[T]], on_state: StateListener | None = None) -> T:
         """Asks until a replica answers.
 
         Raises:
@@ -267,12 +245,20 @@ class Sessions:
                 await asyncio.sleep(pause_s)
                 pause_s = min(0.25, pause_s * 2)
 
-    def _context(self, session: Session) -> Context:
-        """What a replica without a cache needs to continue the session."""
-        newest = self.store.row(session.id, session.step)
+    def check(self, session: Session, action: int) -> None:
+        """Refuses with 422 an action that the session's world doesn't have."""
+        check_action(action, self.worlds[session.model].info.actions)
+
+    def context(self, session: Session, step: int) -> Context:
+        """What a replica without a cache needs to go on after a step.
+
+        Raises:
+            Problem: 404 when play has not come to that step, or the session is gone.
+        """
+        newest = self.store.row(session.id, step) if step >= session.start else None
         if newest is None:
-            raise _gone()
-        return _context(self.store.rows(session.id, session.step - newest.context + 1, session.step))
+            raise _no_step(session, step)
+        return _context(self.store.rows(session.id, step - newest.context + 1, step))
 
     def _check_quota(self, owner: str) -> None:
         """Refuses with 429 an owner who stored or created too much."""
@@ -301,12 +287,18 @@ def _context(rows: Iterable[Row]) -> Context:
     return Context(tokens_TN=tokens, actions_T=np.array([r.action for r in kept[1:]], np.int64))
 
 
-def _pack_tokens(tokens_N: np.ndarray) -> bytes:
+def pack_tokens(tokens_N: np.ndarray) -> bytes:
+    """Tokens as the journal holds them."""
     return tokens_N.astype("<u2").tobytes()
 
 
 def _gone() -> Problem:
     return Problem(404, "no-such-session", "the session was deleted")
+
+
+def _no_step(session: Session, step: int) -> Problem:
+    detail = f"step {step}: the session has steps {session.first} to {session.step}"
+    return Problem(404, "no-such-step", detail, first=session.first, step=session.step)
 
 
 def _gap(step: int, newest: int) -> Problem:

@@ -6,7 +6,7 @@ from gymnasium.utils.env_checker import check_env
 
 from models.config import SamplerConfig
 from serving.client import AsyncPlayer, WorldClient
-from serving.env import RemoteWorldEnv, remote_world_vector
+from serving.env import RemoteWorldEnv, RemoteWorldVectorEnv
 from serving.pictures import decode_jpeg, encode_jpeg
 from serving.protocol import Problem
 from tests.serving.conftest import ACTIONS, SAMPLER, SIZE, picture
@@ -137,12 +137,47 @@ def test_the_environment_is_a_proper_one(local):
     env.close()
 
 
-def test_a_vector_of_environments(local):
-    envs = remote_world_vector(3, url=local, max_steps=4)
-    frames, _ = envs.reset(seed=1)
-    assert frames.shape == (3, SIZE, SIZE, 3)
-    for _ in range(4):
-        frames, _, _, truncated, _ = envs.step(np.array([0, 1, 2]))
-    assert truncated.all()
-    assert not np.array_equal(frames[0], frames[1])
+def test_a_vector_of_environments_is_its_worlds_side_by_side(local):
+    acts = np.random.default_rng(1).integers(0, ACTIONS, (6, 3))
+    envs = RemoteWorldVectorEnv(3, local, max_steps=4)
+    first, _ = envs.reset(seed=5)
+    assert first.shape == (3, SIZE, SIZE, 3)
+    assert first in envs.observation_space
+    played = [envs.step(row) for row in acts]
+    assert [p[3].all() for p in played] == [False] * 3 + [True] + [False] * 2
+    assert np.array_equal(played[4][0], first), "after the end the next episode begins, whatever the action"
+    for i in range(3):
+        alone = RemoteWorldEnv(local, max_steps=4)
+        assert np.array_equal(alone.reset(seed=5 + i)[0], first[i])
+        for row, got in zip(acts[:4, i], played, strict=False):
+            assert np.array_equal(alone.step(row)[0], got[0][i])
+        alone.reset()
+        assert np.array_equal(alone.step(acts[5, i])[0], played[5][0][i]), "the next episode draws on"
+        alone.close()
+    assert not np.array_equal(played[0][0][0], played[0][0][1])
     envs.close()
+
+
+def test_an_async_player_does_all_that_a_player_does(client, local):
+    async def play():
+        player = await AsyncPlayer.create(local, gallery="0", seed=4)
+        frames = [await player.step(a) for a in ACTS[:6]]
+        again = await AsyncPlayer.resume(local, player.id, player.token)
+        fork = await player.fork(3)
+        ahead = await fork.rollouts([ACTS[3:6]])
+        assert np.array_equal(ahead[0, 2], frames[5])
+        assert np.array_equal(await again.frame(6), frames[5])
+        assert (await player.history())["history"] == [-1, *ACTS[:6]]
+        assert (await player.replay())["equal"]
+        assert (await player.export())[4:8] == b"ftyp"
+        await fork.delete()
+        with pytest.raises(Problem, match="no such session"):
+            await fork.frame(0)
+        with pytest.raises(Problem, match="action 300"):
+            await player.step(300)
+        await player.close()
+        return frames
+
+    frames = asyncio.run(play())
+    with client.create(gallery="0", seed=4) as player:
+        assert all(np.array_equal(player.step(a), f) for a, f in zip(ACTS, frames, strict=False))
