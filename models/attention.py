@@ -70,7 +70,10 @@ class Clock:
 
 
 class Cache:
-    """Keys and values of past frames of one layer, for all slots: each (slots, N, kv_heads, cells, head_size)."""
+    """Keys and values of past frames of one layer, for all slots: each (cells, slots, N, kv_heads, head_size).
+
+    Cells are outermost so that a frame is written in one piece: scattered writes cost as much as both products.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -78,7 +81,12 @@ class Cache:
     @property
     def slot_bytes(self) -> int:
         """Memory of one slot."""
-        return 2 * self.keys[0].numel() * self.keys.element_size()
+        return 2 * self.keys[:, 0].numel() * self.keys.element_size()
+
+    def copy(self, source: int, slot: int) -> None:
+        """Overwrite a slot with another."""
+        for part in (self.keys, self.values):
+            part[:, slot].copy_(part[:, source])
 
 
 class _Heads(nn.Module):
@@ -144,7 +152,7 @@ class TemporalAttention(_Heads):
 
     def cache(self, slots: int, tokens: int, cells: int) -> Cache:
         """An empty cache on the module's device."""
-        shape = (slots, tokens, self.kv_heads, cells, self.size)
+        shape = (cells, slots, tokens, self.kv_heads, self.size)
         return Cache(self.qkv.weight.new_zeros(shape), self.qkv.weight.new_zeros(shape))
 
     def step(self, x_SND: Tensor, cache: Cache, clock: Clock) -> Tensor:
@@ -155,16 +163,29 @@ class TemporalAttention(_Heads):
         """
         S, N, _ = x_SND.shape
         q, keys, values = self.remember(x_SND, cache, clock)
-        q = q.reshape(S, N, self.kv_heads, -1, self.size) * self.size**-0.5
-        scores = (q @ keys.transpose(-1, -2)).add_(clock.hidden[:, None, None, None])
-        return self.out((scores.softmax(-1) @ values).reshape(S, N, -1))
+        keys, values = (t.flatten(1, 3).transpose(0, 1) for t in (keys, values))  # (S*N*kv_heads, cells, size)
+        hidden = clock.hidden[:, None].expand(-1, N * self.kv_heads, -1).reshape(len(keys), 1, -1)
+        q = q.reshape(len(keys), -1, self.size)
+        scores = torch.baddbmm(hidden, q, keys.transpose(1, 2), alpha=self.size**-0.5)
+        return self.out(_weighted(scores.softmax(-1), values).reshape(S, N, -1))
 
     def remember(self, x_SND: Tensor, cache: Cache, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
         """Write the new frames' keys and values -> q (S, N, heads, size), all keys and values of these slots."""
         q, k, v = self.split(x_SND, clock.turns[:, None, None])
-        cache.keys[clock.index, :, :, clock.cell] = k
-        cache.values[clock.index, :, :, clock.cell] = v
-        return q, cache.keys[clock.rows], cache.values[clock.rows]
+        cache.keys[clock.cell, clock.index] = k
+        cache.values[clock.cell, clock.index] = v
+        return q, cache.keys[:, clock.rows], cache.values[:, clock.rows]
+
+
+def _weighted(share_BGC: Tensor, values_BCd: Tensor) -> Tensor:
+    """Products (B, G, size). Small ones on a CPU go cell by cell: torch would multiply them without vector units."""
+    small = share_BGC.shape[1] * values_BCd.shape[1] * values_BCd.shape[2] < 400  # torch's own bound, in bmm
+    if not small or values_BCd.device.type != "cpu":
+        return share_BGC @ values_BCd
+    total = share_BGC[..., :1] * values_BCd[:, :1]
+    for cell in range(1, values_BCd.shape[1]):
+        total.addcmul_(share_BGC[..., cell : cell + 1], values_BCd[:, cell : cell + 1])
+    return total
 
 
 class FullAttention(TemporalAttention):
@@ -185,7 +206,7 @@ class FullAttention(TemporalAttention):
         """One frame per slot, as TemporalAttention."""
         S, N, _ = x_SND.shape
         q, keys, values = self.remember(x_SND, cache, clock)
-        keys, values = (t.transpose(1, 2).flatten(2, 3) for t in (keys, values))
-        mask = clock.hidden[:, None, None].repeat(1, 1, 1, N)
+        keys, values = (t.permute(1, 3, 0, 2, 4).flatten(2, 3) for t in (keys, values))  # (S, heads, cells*N, size)
+        mask = clock.hidden[:, None, None].repeat_interleave(N, dim=-1)
         y = self.attend(q.transpose(1, 2), keys, values, mask).transpose(1, 2)
         return self.out(y.reshape(S, N, -1))

@@ -215,8 +215,7 @@ class Decoder:
             raise ModelError(f"can't copy slot {source} to {slot}; the one must be idle, the other free")
         for cache in (*self._caches, *self._pixel_caches):
             if cache is not None:
-                cache.keys[slot].copy_(cache.keys[source])
-                cache.values[slot].copy_(cache.values[source])
+                cache.copy(source, slot)
         self._slots[slot] = replace(session, window=self.window(source))
 
     def release(self, slot: int) -> None:
