@@ -34,8 +34,20 @@ COMMANDS = {
     "curate": Command(
         "[SOURCE]: videos -> clip shards", "pipelines.config:CurateConfig", "pipelines.curate:command", ("--source",)
     ),
+    "replay": Command(
+        "VIDEO: one video through curation, each decision shown",
+        "pipelines.review_config:ReplayConfig",
+        "pipelines.replay:replay",
+        ("--video",),
+    ),
+    "label": Command(
+        "[DATASET]: rate clips by hand for the quality classifier",
+        "pipelines.review_config:LabelConfig",
+        "pipelines.label:label",
+        ("--dataset",),
+    ),
     "train": Command(
-        "STAGE: tokenizer | actions | dynamics | world",
+        "STAGE: tokenizer | actions | dynamics | world | quality",
         "pipelines.train_config:TrainConfig",
         "pipelines.train:command",
         ("--stage",),
@@ -53,7 +65,7 @@ COMMANDS = {
         ("--world",),
     ),
     "report": Command(
-        "[EVALUATION]: one HTML page of it all",
+        "[EVALUATION | DATASET]: one HTML page of it all",
         "pipelines.config:ReportConfig",
         "pipelines.report:report",
         ("--evaluation",),

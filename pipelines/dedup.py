@@ -52,7 +52,7 @@ NEAR_BITS, LEAST_NEAR = 8, 8
 BUCKET_ROWS = 2_000_000
 GRID, LAG = (40, 22), 5
 """Motion is looked at on so many points across and down, from each frame to the fifth after it."""
-LEAST_MOVING = 20
+LEAST_MOVING = 40
 """Frames of an overlap in which both clips move; fewer prove nothing (half a clip, where clips are short)."""
 AGREEMENT = 0.6
 """Least correlation of motion: copies reach 0.9 to 1.0 (cropped 0.2 to 0.9), others 0.3 (see bench_copies.py)."""
@@ -207,7 +207,7 @@ def band_rows(batch: dict[str, np.ndarray], groups: int) -> dict[str, np.ndarray
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     for number, path in zip(batch["number"].tolist(), batch["path"].tolist(), strict=True):
         for row in placed(buckets.place(path), ["video_id", "phash"]).to_pylist():
-            video = int.from_bytes(hashlib.sha256(row["video_id"].encode()).digest()[:7], "big")
+            video = int.from_bytes(hashlib.sha256(row["video_id"].partition("#")[0].encode()).digest()[:7], "big")
             for mirrored in (False, True):
                 bands = _bands(np.array(row["phash"] or [], np.int64) ^ (MIRRORED if mirrored else 0))
                 parts["band"].append(bands)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from infra.config import UserError, to_dict
-from pipelines.config import CurateConfig
+from pipelines.config import CurateConfig, FilterConfig
 from pipelines.fetch import FetchError, fetched
-from pipelines.filters import Rules
+from pipelines.filters import Rules, decisions
 from pipelines.manifest import new_rows, scan
 from pipelines.shards import dataset_folder, open_ledger
 from pipelines.sources import Source, source_of
@@ -77,21 +77,34 @@ def explain(config: CurateConfig, video: str) -> str:
     Raises:
         UserError: the source has no such video.
     """
-    source = _find(scan(source_of(config)), video)
-    lines = [f"{source.uri} ({source.name})"]
-    for name, verdict in Rules(config.rules).explain(source.metadata):
-        lines.append(f"  rule {name:13} {f'REFUSED {verdict.reason}: {verdict.detail}' if verdict else 'passed'}")
-    return "\n".join([*lines, *_history(dataset_folder(config.home, config.name, config.target), source.uri)])
+    source = find_video(scan(source_of(config)), video)
+    lines = [f"{source.uri} ({source.name})", *rule_lines(config, source)]
+    return "\n".join([*lines, *history(config, source.uri)])
 
 
-def _find(sources: list[Source], video: str) -> Source:
+def rule_lines(config: CurateConfig, source: Source) -> list[str]:
+    """Every rule's verdict on a video's metadata."""
+    return [
+        f"  rule {name:13} {f'REFUSED {verdict.reason}: {verdict.detail}' if verdict else 'passed'}"
+        for name, verdict in Rules(config.rules).explain(source.metadata)
+    ]
+
+
+def find_video(sources: list[Source], video: str) -> Source:
+    """The video of a source that an id, a file name or a path means.
+
+    Raises:
+        UserError: there is none.
+    """
     for source in sources:
         if video in (source.name, source.uri, Path(source.location).name, source.location):
             return source
     raise UserError(f"no video {video!r} among {len(sources)} in the source: give its id or file name")
 
 
-def _history(folder: Path, uri: str) -> Iterable[str]:
+def history(config: CurateConfig, uri: str) -> list[str]:
+    """What the ledger says of a video and its clips."""
+    folder = dataset_folder(config.home, config.name, config.target)
     if delta_table(folder / "videos") is None:
         return ["not curated yet"]
     columns = ["uri", "outcome", "stage", "reason", "detail", "windows"]
@@ -99,8 +112,11 @@ def _history(folder: Path, uri: str) -> Iterable[str]:
     if row is None:
         return ["not curated yet"]
     lines = [f"{row['outcome']} | stage {row['stage']} | {row['reason'] or 'no objection'} | {row['detail']}"]
-    for window in row["windows"] or ():
-        signals = ", ".join(f"{k} {window[k]:.3g}" for k in ("static_share", "black_share", "blur", "held_share"))
-        state = window["reason"] or "kept"
-        lines.append(f"  {window['start_s']:7.1f} s {state:15} {signals}, cuts {len(window['cut_frames'])}")
-    return lines
+    return [*lines, *(window_line(window, config.filters) for window in row["windows"] or ())]
+
+
+def window_line(window: dict[str, Any], filters: FilterConfig) -> str:
+    """One window of a ledger row: what became of it, and each signal beside its limit."""
+    tests = (f"{d.reason} {d.value:.3g}{'!' if d.refused else ''} ({d.limit:g})" for d in decisions(window, filters))
+    copy = f" as {window['copy_of']}" if window.get("copy_of") else ""
+    return f"  {window['start_s']:7.1f} s {window['reason'] or 'kept':15} {', '.join(tests)}{copy}"

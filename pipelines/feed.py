@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -99,6 +99,32 @@ class Plan:
         return np.random.default_rng([self.seed, turn, 1, group]).permutation(clips * self.config.windows_per_clip)
 
 
+class Samples(Protocol):
+    """Numbered samples that can be read."""
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Samples first..first+count-1, their numbers among them as `sample`."""
+        ...
+
+
+class Samplable(Protocol):
+    """What a training learns from: opened by a reader, on any node."""
+
+    @property
+    def feed(self) -> FeedConfig:
+        """How it is read."""
+        ...
+
+    @property
+    def frames(self) -> int:
+        """T of a sample."""
+        ...
+
+    def open(self) -> Samples:
+        """The samples, readable."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What a reader needs to open on any node."""
@@ -171,7 +197,7 @@ class Windows:
 class Reader:
     """Ray Data's actor: a row that names a micro-batch becomes the micro-batch."""
 
-    def __init__(self, source: Source, micro_batch: int) -> None:
+    def __init__(self, source: Samplable, micro_batch: int) -> None:
         self.windows, self.micro_batch = source.open(), micro_batch
 
     def __call__(self, row: dict[str, np.ndarray]) -> Batch:
@@ -233,7 +259,7 @@ class Pace:
         """Nothing to do."""
 
 
-def stream(source: Source, schedule: Schedule, step: int) -> "ray.data.Dataset":
+def stream(source: Samplable, schedule: Schedule, step: int) -> "ray.data.Dataset":
     """The micro-batches from `step` on, in order, one block each.
 
     With `preserve_order` and blocks of equal size Ray Train deals them out in turn: micro-batch m goes to rank
@@ -256,7 +282,7 @@ def stream(source: Source, schedule: Schedule, step: int) -> "ray.data.Dataset":
     )
 
 
-def local_batches(source: Source, schedule: Schedule, step: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+def local_batches(source: Samplable, schedule: Schedule, step: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
     """The same micro-batches (of one rank) in this process, without Ray."""
     reader = Reader(source, schedule.micro_batch)
     for micro in schedule.remaining(step)[rank::world]:

@@ -17,6 +17,8 @@ from pipelines.config import FilterConfig, RulesConfig
 RULES_FILE = Path(__file__).with_name("rules.toml")
 CHANGED_LEVELS = 12  # a pixel counts as changed above it: compression noise stays below
 CHANGED_SHARE = 0.002  # a frame counts as static if fewer pixels change
+ORDER = ("corrupt", "too_few_frames", "gap", "black", "static", "blur", "cuts", "quality", "copy")
+"""The tests of a clip; of several that refuse it, the first is its reason."""
 BLANK_CONTRAST = 6.0  # standard deviation of luma; mean luma is no test, good dark games have a mean of 13
 
 
@@ -193,17 +195,37 @@ def _bars(brightest: np.ndarray) -> float:
     return float(1 - inside / brightest.size)
 
 
+@dataclass(frozen=True)
+class Decision:
+    """One test of a clip: a signal's value beside its limit."""
+
+    reason: str
+    value: float
+    limit: float
+    refused: bool
+
+
+def decisions(signals: dict[str, Any], config: FilterConfig) -> list[Decision]:
+    """Every test that a clip's stored signals go through, in order; the first that refuses it is the reason."""
+    at_most = {
+        "corrupt": (signals["corrupt_share"], config.max_corrupt_share),
+        "too_few_frames": (signals["held_share"], config.max_held_share),
+        "gap": (signals["max_gap_ms"] / 1000, config.max_gap_s),
+        "black": (signals["black_share"], config.max_black_share),
+        "static": (signals["static_share"], config.max_static_share),
+        "cuts": (len(signals["cut_frames"]), config.max_cuts),
+        "copy": (signals.get("copied_share") or 0.0, config.max_copied_share),
+    }
+    quality = signals.get("quality")  # a clip that no classifier has seen is not judged by it
+    at_least = {
+        "blur": (signals["blur"], config.min_blur),
+        "quality": (config.min_quality if quality is None else quality, config.min_quality),
+    }
+    found = [Decision(reason, value, limit, value > limit) for reason, (value, limit) in at_most.items()]
+    found += [Decision(reason, value, limit, value < limit) for reason, (value, limit) in at_least.items()]
+    return sorted(found, key=lambda decision: ORDER.index(decision.reason))
+
+
 def judge(signals: dict[str, Any], config: FilterConfig) -> str:
     """The reason a clip is refused for, from its stored signals; empty if it is kept."""
-    tests = (
-        ("corrupt", signals["corrupt_share"] > config.max_corrupt_share),
-        ("too_few_frames", signals["held_share"] > config.max_held_share),
-        ("gap", signals["max_gap_ms"] > config.max_gap_s * 1000),
-        ("black", signals["black_share"] > config.max_black_share),
-        ("static", signals["static_share"] > config.max_static_share),
-        ("blur", signals["blur"] < config.min_blur),
-        ("cuts", len(signals["cut_frames"]) > config.max_cuts),
-        ("quality", (signals.get("quality") or 0.0) < config.min_quality and signals.get("quality") is not None),
-        ("copy", (signals.get("copied_share") or 0.0) > config.max_copied_share),
-    )
-    return next((reason for reason, refused in tests if refused), "")
+    return next((decision.reason for decision in decisions(signals, config) if decision.refused), "")

@@ -186,7 +186,9 @@ def forget(config: ForgetConfig) -> str:
 def _videos_with(root: Path, key: str, value: str | None) -> set[str]:
     """Videos that any file answers for, those of older versions too: a killed request finds its footage again."""
     files = (pq.read_table(p, columns=["video_id", key]).to_pylist() for p in root.glob("[!.]*.parquet"))
-    return {row["video_id"] for file in files for row in file if row[key] == value}
+    return {
+        row["video_id"] for file in files for row in file if value in (row[key], (row[key] or "").partition("#")[0])
+    }
 
 
 def _return_copies(writer: Writer, gone: set[str]) -> int:

@@ -26,15 +26,16 @@ from models.config import (
 )
 from models.cost import ModelConfig, cost
 from models.dynamics import Dynamics
+from models.quality import QualityNet, training_cost
 from models.sampler import Window
 from models.tokenizer import Tokenizer
 from models.world import CoTraining, World
-from pipelines import feed, figures
-from pipelines.shards import open_dataset
+from pipelines import feed, figures, quality
+from pipelines.shards import Dataset, open_dataset
 from pipelines.tokenize import check_size
 from pipelines.train_config import TrainConfig
 
-KINDS = {"tokenizer": "tokenizer", "actions": "actions", "dynamics": "world", "world": "world"}
+KINDS = {"tokenizer": "tokenizer", "actions": "actions", "dynamics": "world", "world": "world", "quality": "quality"}
 """Stage -> kind of its artifact. Finished dynamics stand with their tokenizer and actions: a playable world."""
 PROMPTS = 8
 PICTURE_ROWS, PICTURE_FRAMES = 4, 8
@@ -49,7 +50,7 @@ class Job:
     config: TrainConfig
     model: WorldConfig
     """With finished parts as they are in their artifacts."""
-    source: feed.Source
+    source: feed.Source | quality.Labelled
     parents: dict[str, str]
     """role -> reference"""
     tokenizer: Path | None
@@ -61,9 +62,8 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """The model's settings as the artifact records them."""
-        stage = self.config.stage
-        part = getattr(self.model, stage) if stage in ("tokenizer", "actions") else self.model
-        return config_to_dict(part)
+        stage, owner = self.config.stage, self.config if self.config.stage == "quality" else self.model
+        return config_to_dict(getattr(owner, stage) if stage in ("tokenizer", "actions", "quality") else self.model)
 
     def schedule(self, skipped: tuple[int, ...] = ()) -> feed.Schedule:
         """Which samples each micro-batch holds."""
@@ -79,6 +79,8 @@ def plan_job(config: TrainConfig) -> Job:
     """
     home = Home(config.home).ensure()
     dataset = open_dataset(home, config.dataset)
+    if config.stage == "quality":
+        return _plan_quality(config, home, dataset)
     model, made = config.model, _upstream(config, home)
     if "tokenizer" in made:
         model = replace(model, tokenizer=config_from_dict(TokenizerConfig, made["tokenizer"].config))
@@ -99,6 +101,25 @@ def plan_job(config: TrainConfig) -> Job:
         parents={"dataset": dataset.reference, **{role: a.reference for role, a in made.items()}},
         tokenizer=made["tokenizer"].path if "tokenizer" in made else None,
         actions=made["actions"].path if "actions" in made else None,
+        identity=identity,
+        folder=home.runs / f"{config.artifact_name}-{identity[:12]}",
+    )
+
+
+def _plan_quality(config: TrainConfig, home: Home, dataset: Dataset) -> Job:
+    """The classifier's job stands on labels as they are now."""
+    sides = quality.labelled(dataset, config.label_holdout)
+    source = quality.Labelled(home=home.path, dataset=dataset.reference, labels=tuple(sides["train"]),
+                              model=config.quality, seed=config.seed, feed=config.feed)  # fmt: skip
+    rest = [config.steps, config.batch, config.seed, config.precision, to_dict(config.optimizer)]
+    identity = digest(["quality", config_to_dict(config.quality), dataset.reference, sides, rest])
+    return Job(
+        config=replace(config, home=home.path, dataset=dataset.reference),
+        model=config.model,
+        source=source,
+        parents={"dataset": dataset.reference},
+        tokenizer=None,
+        actions=None,
         identity=identity,
         folder=home.runs / f"{config.artifact_name}-{identity[:12]}",
     )
@@ -176,6 +197,8 @@ def build(job: Job) -> nn.Module:
         case "world":
             actions = cast(LatentActionModel, build_model("actions", job.model.actions))
             return CoTraining(actions, cast(Dynamics, build_model("dynamics", job.model.dynamics)))
+        case "quality":
+            return build_model("quality", job.config.quality)
 
 
 def filled(job: Job, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -193,6 +216,11 @@ def export(job: Job, weights: Mapping[str, Tensor], folder: Path) -> None:
         _write_prompts(job, folder / "prompts")
     else:
         save_model(folder, model)
+    if isinstance(model, QualityNet) and isinstance(job.source, quality.Labelled):
+        test = quality.labelled(open_dataset(Home(job.config.home), job.source.dataset), job.config.label_holdout)[
+            "test"
+        ]
+        quality.examine(job.source, test, model, folder)
 
 
 def pictures(job: Job, weights: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -248,6 +276,8 @@ def trained(stage: str, model: WorldConfig) -> list[ModelConfig]:
 
 def estimate(config: TrainConfig, model: WorldConfig) -> TrainingPlan:
     """The arithmetic of a training; needs no dataset, no artifact and no memory."""
+    if config.stage == "quality":
+        return _estimate_quality(config)
     models = trained(config.stage, model)
     costs = [cost(part) for part in models]
     return TrainingPlan(
@@ -261,6 +291,15 @@ def estimate(config: TrainConfig, model: WorldConfig) -> TrainingPlan:
         steps=config.steps,
         workers=max(1, config.workers),
     )
+
+
+def _estimate_quality(config: TrainConfig) -> TrainingPlan:
+    cfg = config.quality
+    parameters, flops = training_cost(cfg)
+    maps = 3 * cfg.width * cfg.height_px * cfg.width_px // 4 + 12 * 2 * cfg.width * cfg.height_px * cfg.width_px // 16
+    return TrainingPlan(parameters=parameters, frame_flops=flops, frames=cfg.frames, tokens=1,
+                        activation_bytes=4.0 * cfg.frames * maps, batch=config.batch, micro_batch=config.micro_batch,
+                        steps=config.steps, workers=max(1, config.workers))  # fmt: skip
 
 
 def _activation_bytes(config: ModelConfig, precision: str) -> float:

@@ -31,6 +31,21 @@ def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.concatenate([tile, tile], axis=1)
 
 
+def arcade(frames: int, seed: int, screen: int = 0, size: int = 64) -> np.ndarray:
+    """A single-screen game: sprites wander over a still background; another seed is another play of the same screen."""
+    still = _texture(np.random.default_rng(1000 + screen), size)[:, :size]
+    rng = np.random.default_rng(seed)
+    sprites = rng.integers(0, 256, (4, 3))
+    steps = rng.normal(0, 1.0, (frames, 4, 2)).cumsum(0)
+    steps = np.stack([np.convolve(s, np.ones(5) / 5, "same") for s in steps.reshape(frames, 8).T], 1)
+    places = np.abs((steps.reshape(frames, 4, 2) * 3 + rng.uniform(0, 100, (4, 2))) % (2 * (size - 10)) - (size - 10))
+    out = np.repeat(still[None], frames, axis=0)
+    for t, n in np.ndindex(frames, 4):
+        y, x = places[t, n].astype(int)
+        out[t, y : y + 10, x : x + 10] = sprites[n]
+    return out
+
+
 def sidecar(path: Path, **changes) -> None:
     """A yt-dlp sidecar that the paper's rule accepts."""
     info = {
