@@ -166,6 +166,20 @@ def is_remote(text: str) -> bool:
     return "://" in text
 
 
+def is_web(text: str) -> bool:
+    """Whether a text is a web address."""
+    return text.startswith(("http://", "https://"))
+
+
+def file_name(location: str) -> str:
+    """The last part of a path, web address or object's URI, without options or query."""
+    return (
+        Path(urllib.parse.unquote(urllib.parse.urlsplit(location).path)).name
+        if is_web(location)
+        else place(location).name
+    )
+
+
 def place(text: str) -> Path:
     """The path of a local name or of an `s3://` or `gs://` URI.
 

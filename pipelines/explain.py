@@ -8,7 +8,6 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from infra.config import UserError, to_dict
@@ -97,7 +96,7 @@ def find_video(sources: list[Source], video: str) -> Source:
         UserError: there is none.
     """
     for source in sources:
-        if video in (source.name, source.uri, Path(source.location).name, source.location):
+        if video in (source.name, source.uri, file_name(source.location), source.location):
             return source
     raise UserError(f"no video {video!r} among {len(sources)} in the source: give its id or file name")
 

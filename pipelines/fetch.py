@@ -11,7 +11,6 @@ import random
 import shutil
 import tempfile
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import IO, TypeVar
 
 import httpx
 
-from pipelines.buckets import is_remote, place
+from pipelines.buckets import file_name, is_remote, is_web, place
 from pipelines.config import FetchConfig
 
 T = TypeVar("T")
@@ -135,12 +134,12 @@ def read_small(location: str) -> bytes:
 @contextlib.contextmanager
 def _opened(location: str) -> Iterator[tuple[int | None, Iterator[bytes]]]:
     """A file's size, where it is known, and its bytes in chunks."""
-    if location.startswith(("http://", "https://")):
+    if is_web(location):
         with httpx.stream("GET", location, follow_redirects=True, timeout=STALL_S) as answer:
             answer.raise_for_status()
             size = answer.headers.get("content-length", "")
             coded = "content-encoding" in answer.headers
-            yield int(size) if size.isdigit() and not coded else None, answer.iter_bytes(CHUNK)
+            yield int(size) if size.isdigit() and not coded else None, answer.iter_bytes()
         return
     with place(location).open("rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -169,16 +168,14 @@ def fetched(location: str, size_bytes: int | None, policy: FetchConfig) -> Itera
         return
     began = time.monotonic()
     with _scratch(policy) as folder:
-        web = location.startswith("http")
-        name = urllib.parse.urlsplit(location).path if web else place(location).name
-        got = Fetched(folder / f"video{Path(name).suffix.lower()}")
+        got = Fetched(folder / f"video{Path(file_name(location)).suffix.lower()}")
 
         def counted() -> None:
             got.retries += 1
 
         try:
             retried(lambda: _copy(location, got.path, size_bytes, policy), policy, counted)
-            if not web:
+            if not is_web(location):
                 retried(lambda: _copy_actions(place(location), got.path), policy, counted)
         except _NoRoomError as error:
             raise OSError(errno.ENOSPC, f"{error}: free space there or name another --fetch.scratch") from error

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.config import Home, UserError
-from pipelines.buckets import BucketPath, is_remote, place
+from pipelines.buckets import BucketPath, file_name, is_remote, is_web, place
 from pipelines.config import CurateConfig, FetchConfig
 from pipelines.fetch import FetchError, fault, head, read_small, retried
 from pipelines.filters import Metadata
@@ -70,10 +70,10 @@ def listed(source: str) -> list[Source]:
     Raises:
         UserError: no such source, no access to it, no video in it, or a manifest that can't be used.
     """
-    suffix = Path(urllib.parse.urlsplit(source).path if _is_web(source) else source).suffix.lower()
+    suffix = Path(file_name(source)).suffix.lower()
     if suffix in MANIFESTS:
         found = _from_manifest(source, suffix)
-    elif _is_web(source):
+    elif is_web(source):
         found = [_web_file(source)]
     else:
         found = _from_folder(source)
@@ -91,10 +91,6 @@ def described(sources: list[Source]) -> list[Source]:
 
 
 # -- listing -----------------------------------------------------------------------------------------------------
-
-
-def _is_web(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
 
 
 def _wanted(name: str) -> bool:
@@ -187,12 +183,12 @@ def _manifest_rows(source: str, data: bytes, suffix: str) -> list[dict[str, Any]
 
 def _entry(manifest: str, uri: str, row: dict[str, Any]) -> Source:
     """A manifest's row: relative paths start at the manifest's folder; a `title` column replaces sidecars."""
-    if _is_web(uri):
+    if is_web(uri):
         found = _web(uri)
     elif is_remote(uri):
         found = _object(place(uri), uri)
     elif is_remote(manifest):
-        found = _object(place(manifest).parent / uri, "") if not _is_web(manifest) else _web(_joined(manifest, uri))
+        found = _object(place(manifest).parent / uri, "") if not is_web(manifest) else _web(_joined(manifest, uri))
     else:
         path = Path(manifest).parent / uri
         beside = str(path.with_name(f"{path.stem}.info.json"))
@@ -225,8 +221,7 @@ def _described(source: Source) -> Source:
         if source.metadata.title or source.metadata.problem:
             return source
         return replace(source, metadata=Metadata(problem=f"there is no {source.name}.info.json"))
-    name = Path(urllib.parse.urlsplit(source.sidecar).path if _is_web(source.sidecar) else source.sidecar).name
-    where = source.sidecar
+    name, where = file_name(source.sidecar), source.sidecar
     try:
         info = json.loads(retried(lambda: read_small(where), FetchConfig()))
     except FetchError as error:

@@ -2,6 +2,7 @@ import os
 import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 
 import pytest
 

@@ -1,4 +1,5 @@
 import shutil
+import uuid
 
 import pytest
 
@@ -8,6 +9,7 @@ from pipelines.tokenize import tokenize
 from pipelines.train import train
 from tests.pipelines.clips import write_dataset
 from tests.pipelines.ranks import config
+from tests.pipelines.remote import make_bucket, s3_server
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +22,19 @@ def ground(tmp_path_factory, empty_store, ray_cluster):
     train(config(home, steps=4, stage="actions"))
     tokenize(TokenizeConfig(home=home.path, dataset="toys"))
     return home
+
+
+@pytest.fixture(scope="session")
+def endpoint():
+    """A real S3 endpoint, host:port."""
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(endpoint):
+    """A new bucket: its URI, and the options that name the endpoint."""
+    return make_bucket(endpoint, f"b{uuid.uuid4().hex}")
 
 
 @pytest.fixture
