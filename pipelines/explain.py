@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from infra.config import UserError, to_dict
+from pipelines.buckets import file_name
 from pipelines.config import CurateConfig, FilterConfig
 from pipelines.fetch import FetchError, fetched
 from pipelines.filters import Rules, decisions
