@@ -5,10 +5,12 @@ written first and committed later, with the ids of their units in the same commi
 twice, whoever asks again.
 """
 
+import itertools
 import json
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,11 @@ class DatasetError(UserError):
     """A dataset, version or table that is not there or does not fit."""
 
 
-def write_shard(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, row_group: int | None = None) -> None:
-    """Writes rows as one Parquet file, on disk before it has its name: readers see all of it or nothing."""
-    table = pa.Table.from_pylist(rows, schema=schema)
+def write_shard(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, row_group: int | None = None) -> None:
+    """Writes rows as one Parquet file, on disk before it has its name: readers see all of it or nothing.
+
+    Rows are taken as they come; no more than one row group of them is in memory.
+    """
     if isinstance(path, BucketPath):
         with tempfile.TemporaryDirectory() as folder:
             draft = Path(folder) / path.name
@@ -49,15 +53,14 @@ def write_shard(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, row_g
             path.upload(draft)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    pq.write_table(
-        table,
-        draft,
-        row_group_size=row_group or (ROW_GROUP if "video" in schema.names else 4096),
-        use_dictionary=False,
-        compression={name: "none" if name in _UNCOMPRESSED else "zstd" for name in _leaves(schema)},
-        data_page_size=1 << 16,
-    )
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    compression = {name: "none" if name in _UNCOMPRESSED else "zstd" for name in _leaves(schema)}
+    left, size = iter(rows), row_group or (ROW_GROUP if "video" in schema.names else 4096)
+    with pq.ParquetWriter(
+        draft, schema, use_dictionary=False, compression=compression, data_page_size=1 << 16
+    ) as writer:
+        while group := list(itertools.islice(left, size)):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
     with draft.open("rb") as file:
         os.fsync(file.fileno())
     draft.replace(path)

@@ -10,10 +10,10 @@ from pipelines.shards import CLIP_SCHEMA, VIDEO_SCHEMA, DatasetError, Unit, Writ
 from pipelines.tables import delta_table, rewrite, write_shard
 
 
-def unit(folder, number, clips=3, outcome="kept", dropped=()):
+def unit(folder, number, clips=3, outcome="kept", dropped=(), video=None):
     """The two files of a finished unit with one video."""
     name = f"u{number:03}"
-    shared = {"unit_id": name, "video_id": f"v{number}"}
+    shared = {"unit_id": name, "video_id": video or f"v{number}"}
     rows = [
         {**shared, "clip_id": f"c{number}-{j}", "split": "test" if number % 4 == 0 else "train", "n_frames": 20}
         | {"video": f"bytes {number} {j}".encode(), "cut_frames": [j], "start_s": 2.0 * j}
