@@ -100,16 +100,25 @@ def line_chart(
     return _svg(y_label or x_label, axes.frame(x_label, y_label, zero) + curves + _legend(lines), size)
 
 
-def histogram(values: Sequence[float], *, label: str, bins: int = 24, size: tuple[int, int] = SMALL) -> str:
-    """How often each value occurs, as SVG text."""
+def histogram(
+    values: Sequence[float], *, label: str, bins: int = 24, size: tuple[int, int] = SMALL, limit: float | None = None
+) -> str:
+    """How often each value occurs, as SVG text, with a line at a limit if one is given."""
     finite = np.asarray([v for v in values if math.isfinite(v)] or [0.0])
     counts, edges = np.histogram(finite, bins=bins)
-    axes = _Axes.around(edges.tolist(), [0.0, float(counts.max())], False, size, TOP)
+    reach = edges.tolist() if limit is None else [*edges.tolist(), limit]
+    axes = _Axes.around(reach, [0.0, float(counts.max())], False, size, TOP)
     bars = [
         f'<rect x="{axes.x(a):.1f}" y="{axes.y(n):.1f}" width="{max(axes.x(b) - axes.x(a) - 1, 1):.1f}"'
         f' height="{axes.y(0) - axes.y(n):.1f}" fill="{_colour(0)}"><title>{a:.3g} to {b:.3g}: {n}</title></rect>'
         for n, a, b in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
     ]
+    if limit is not None:
+        x, ink = f"{axes.x(limit):.1f}", "var(--bad,#b3261e)"
+        bars.append(
+            f'<line x1="{x}" x2="{x}" y1="{axes.top}" y2="{axes.bottom}" stroke="{ink}" stroke-width="2" '
+            f'stroke-dasharray="5 4"><title>limit {limit:g}</title></line>'
+        )
     return _svg(label, axes.frame(label, "", False) + "".join(bars), size)
 
 

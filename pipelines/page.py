@@ -122,13 +122,14 @@ class Shot:
     note: str
 
 
-def sheet(title: str, shots: Sequence[Shot], most: int) -> str:
-    """A contact sheet of at most `most` pictures; nothing at all for no pictures."""
+def sheet(title: str, shots: Sequence[Shot], most: int, total: int | None = None) -> str:
+    """A contact sheet of at most `most` pictures out of `total` (of those given); nothing at all for no pictures."""
     if not shots:
         return ""
     figures = "".join(map(_shot, shots[:most]))
-    more = note(f"and {len(shots) - most} more") if len(shots) > most else ""
-    return f'<h3>{escape(title)}: {len(shots)}</h3><div class="sheet">{figures}</div>{more}'
+    total = total or len(shots)
+    more = note(f"and {total - most} more") if total > most else ""
+    return f'<h3>{escape(title)}: {total}</h3><div class="sheet">{figures}</div>{more}'
 
 
 def _shot(shot: Shot) -> str:

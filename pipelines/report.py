@@ -17,7 +17,7 @@ from typing import Any
 from infra.artifact import Artifact, lineage, resolve
 from infra.config import Home
 from infra.tracking import history
-from pipelines import page
+from pipelines import curation_report, page
 from pipelines.config import ReportConfig
 from pipelines.figures import SMALL, Line, data_uri, histogram, line_chart
 from pipelines.shards import KEPT, Dataset, open_dataset
@@ -50,12 +50,14 @@ SIGNALS = {
 
 
 def report(config: ReportConfig) -> Path:
-    """Writes `reports/<evaluation>.html` of the home, from what is published there.
+    """Writes `reports/<evaluation>.html` of the home from what is published there, or the page of a dataset's curation.
 
     Raises:
         UserError: there is no such evaluation, or its dataset is gone.
     """
     home = Home(config.home)
+    if (home.datasets / config.evaluation.partition("@")[0] / "videos").is_dir():
+        return curation_report.report(home, open_dataset(home, config.evaluation))
     evaluation = resolve(home, config.evaluation, kind="evaluation")
     made_from = lineage(home, evaluation.reference)
     dataset = open_dataset(home, evaluation.parents["dataset"])

@@ -57,6 +57,11 @@ def _mark(folder: Path) -> dict[str, Any]:
     return json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else {}
 
 
+def judged_by(folder: Path) -> FilterConfig:
+    """The thresholds that a dataset stands judged by; the defaults where it was never curated."""
+    return from_dict(FilterConfig, _mark(folder).get("filters", {}))
+
+
 def _judged(folder: Path) -> list[dict[str, Any]]:
     """The ledger's rows that thresholds decide on."""
     columns = ["video_id", "outcome", "stage", "reason", "detail", "duration_s", "windows", "dropped_clips"]

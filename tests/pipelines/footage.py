@@ -46,6 +46,15 @@ def arcade(frames: int, seed: int, screen: int = 0, size: int = 64) -> np.ndarra
     return out
 
 
+def drama(frames: int, seed: int, size: int = 64) -> np.ndarray:
+    """Film-like footage: soft shapes that drift and change, no grid, no sprites."""
+    rng = np.random.default_rng(5000 + seed)
+    keys = rng.integers(0, 256, (frames // 20 + 2, 4, 4, 3)).astype(np.float32)
+    soft = [cv2.resize(key, (size, size), interpolation=cv2.INTER_CUBIC) for key in keys]
+    blend = (soft[t // 20] * (1 - t % 20 / 20) + soft[t // 20 + 1] * (t % 20 / 20) for t in range(frames))
+    return np.stack([np.clip(frame, 0, 255) for frame in blend]).astype(np.uint8)
+
+
 def sidecar(path: Path, **changes) -> None:
     """A yt-dlp sidecar that the paper's rule accepts."""
     info = {
