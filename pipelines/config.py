@@ -194,7 +194,13 @@ class CurateConfig:
     previews: int = 50
     """How many videos that were refused by their metadata alone get a picture strip for the report."""
     workers: int | None = None
-    """Curating processes; None takes the cluster's cores."""
+    """Most curating processes; None takes the cluster's cores."""
+    min_workers: int | None = None
+    """Fewest, on a cluster that grows and shrinks: Ray Data scales between the two; None is as many as the most."""
+    units_in_flight: int = 2
+    """Units given to a process ahead, the one at work included."""
+    backpressure_ratio: float | None = None
+    """Ray Data's `downstream_capacity_backpressure_ratio`; None leaves it as Ray has it."""
     dry_run: bool = False
     """Print the settings, the work and its estimated cost, and stop."""
     explain: str | None = None
@@ -214,8 +220,10 @@ class CurateConfig:
         within("--holdout-share", self.holdout_share, 0.0, 1.0)
         within("--unit-s", self.unit_s, 1, 1e6)
         within("--timeout-s", self.timeout_s, 0.1, 1e6)
-        if self.workers is not None:
-            within("--workers", self.workers, 1, 100_000)
+        within("--part-s", self.part_s, self.clip_frames / self.fps, 1e6)
+        within("--units-in-flight", self.units_in_flight, 1, 100)
+        within("--workers", self.workers or 1, 1, 100_000)
+        within("--min-workers", self.min_workers or 1, 1, self.workers or 100_000)
         if self.width_px % 2 or self.height_px % 2:
             raise UserError(f"--width-px {self.width_px} --height-px {self.height_px}: give even numbers")
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
@@ -282,7 +290,7 @@ class ReportConfig:
     home: Path = Path("lampworks-home")
     """Folder that everything is written under; the page goes to its `reports/`."""
     evaluation: str = "world-evaluation"
-    """The evaluation to report, `name` or `name@version`."""
+    """The evaluation, or the dataset whose curation, to report: `name` or `name@version`."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the training curves are."""
     pictures: int = 24

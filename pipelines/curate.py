@@ -9,12 +9,13 @@ is not committed does not exist, so a killed run is simply run again.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayTaskError
 
+from infra.artifact import resolve
 from infra.cluster import connect
 from infra.config import Home, UserError, digest, from_dict, to_dict
 from pipelines.buckets import BucketPath, place
 from pipelines.config import CurateConfig, FetchConfig
+from pipelines.curation_report import report
 from pipelines.explain import estimate, explain
 from pipelines.fetch import FetchError, fetched
 from pipelines.manifest import Plan, open_plan, plan_again
@@ -85,6 +88,8 @@ def curate(config: CurateConfig) -> CurateResult:
     """
     home = Home(config.home).ensure()
     folder = dataset_folder(home, config.name, config.target)
+    if config.quality:
+        config = replace(config, quality=resolve(home, config.quality, kind="quality").reference)
     with _locked(home, folder):
         writer = Writer(folder, digest(_bearing(config)))
         check_schema(folder, delta_table(folder / "videos"))
@@ -101,7 +106,8 @@ def curate(config: CurateConfig) -> CurateResult:
         if pending:
             with connect(config.cluster):
                 _work(config, writer, plan, pending)
-        settle(writer, plan, config)
+                settle(writer, plan, config)
+        settle(writer, plan, config)  # what a killed run, other thresholds or another classifier left to do
     return _summary(home, folder)
 
 
@@ -169,15 +175,21 @@ def _recover(writer: Writer, plan: Plan) -> list[str]:
 
 def _work(config: CurateConfig, writer: Writer, plan: Plan, pending: list[str]) -> None:
     """Units flow through a pool of actors; small rows flow back, and finished units are committed in batches."""
-    cores = int(ray.cluster_resources().get("CPU", 1))
-    workers = max(1, min(config.workers or cores, len(pending)))
+    most = max(1, min(config.workers or int(ray.cluster_resources().get("CPU", 1)), len(pending)))
+    pool = ActorPoolStrategy(
+        min_size=min(config.min_workers or most, most),
+        max_size=most,
+        max_tasks_in_flight_per_actor=config.units_in_flight,
+    )
     settings = {"config": to_dict(config), "folder": str(writer.folder), "digest": writer.config_digest}
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
+    if config.backpressure_ratio is not None:
+        context.downstream_capacity_backpressure_ratio = config.backpressure_ratio
     items = [{"unit_id": unit, "jobs": json.dumps(plan.jobs(unit))} for unit in pending]
     units = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        UnitWorker, fn_constructor_kwargs=settings, batch_size=1, compute=ActorPoolStrategy(size=workers), num_cpus=1
+        UnitWorker, fn_constructor_kwargs=settings, batch_size=1, compute=pool, num_cpus=1
     )
     progress = Progress(plan, pending)
     waiting: list[Unit] = []
@@ -215,33 +227,36 @@ class UnitWorker:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """One unit: {"unit_id", "jobs"} in, {"unit_id", "videos", "clips", "windows", "seconds"} out."""
         unit_id = str(batch["unit_id"][0])
-        clips: list[dict[str, Any]] = []
         videos: list[dict[str, Any]] = []
-        for job in json.loads(batch["jobs"][0]):
-            video, rows = self._video(unit_id, job)
-            videos.append(video)
-            clips += rows
-        if clips:
-            write_shard(self.folder / "clips" / f"{unit_id}.parquet", clips, CLIP_SCHEMA)
+        clips = self._clips(unit_id, json.loads(batch["jobs"][0]), videos)
+        first = next(clips, None)  # a unit without clips has no file of them
+        if first is not None:
+            write_shard(self.folder / "clips" / f"{unit_id}.parquet", itertools.chain([first], clips), CLIP_SCHEMA)
         write_shard(self.folder / "videos" / f"{unit_id}.parquet", videos, VIDEO_SCHEMA)
         windows = sum(len(v["windows"] or ()) for v in videos)
         seconds = sum(v["duration_s"] or 0.0 for v in videos)
-        facts = {"videos": len(videos), "clips": len(clips), "windows": windows, "seconds": seconds}
-        return {"unit_id": [unit_id], **{k: [v] for k, v in facts.items()}}
+        facts = {"videos": len(videos), "clips": sum(v["clips"] for v in videos), "windows": windows}
+        return {"unit_id": [unit_id], **{k: [v] for k, v in facts.items()}, "seconds": [seconds]}
 
-    def _video(self, unit_id: str, job: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        limit_s = self.config["timeout_s"] + self.config["timeout_factor"] * (job["ledger"]["duration_s"] or 0.0)
-        result = self._result(job, limit_s)
-        rows = result.pop("rows")
+    def _clips(
+        self, unit_id: str, jobs: list[dict[str, Any]], videos: list[dict[str, Any]]
+    ) -> Iterator[dict[str, Any]]:
+        """The clips of all videos, one at a time; the videos' ledger rows are appended on the way."""
         shared = {"unit_id": unit_id, "config_digest": self.digest}
-        same = ("video_id", "split", "title", "uploader", "webpage_url")
-        clips = [{**row, **shared, **{k: job["ledger"][k] for k in same}} for row in rows]
-        dropped = [w["clip_id"] for w in result.get("windows", []) if w["reason"] and w["clip_id"]]
-        stored = [w["clip_id"] for w in result.get("windows", []) if w["clip_id"]]
-        ledger = {**dict.fromkeys(VIDEO_SCHEMA.names), **job["ledger"], **shared, **result, "clips": len(stored)}
-        return {**ledger, "dropped_clips": dropped}, clips
+        for job in jobs:
+            result = self._result(job)
+            rows = result.pop("rows", ())
+            same = {k: job["ledger"][k] for k in ("video_id", "split", "title", "uploader", "webpage_url")}
+            yield from ({**row, **shared, **same} for row in rows)
+            dropped = [w["clip_id"] for w in result.get("windows", []) if w["reason"] and w["clip_id"]]
+            stored = [w["clip_id"] for w in result.get("windows", []) if w["clip_id"]]
+            ledger = {**dict.fromkeys(VIDEO_SCHEMA.names), **job["ledger"], **shared, **result, "clips": len(stored)}
+            videos.append({**ledger, "dropped_clips": dropped})
 
-    def _result(self, job: dict[str, Any], limit_s: float) -> dict[str, Any]:
+    def _result(self, job: dict[str, Any]) -> dict[str, Any]:
+        before_s = (job["first_slot"] or 0) / self.config["fps"]  # decoded too where a file has no index
+        decoded_s = (job["ledger"]["duration_s"] or 0.0) + before_s
+        limit_s = self.config["timeout_s"] + self.config["timeout_factor"] * decoded_s
         if job["verdict"]:
             return self.child.run(job, limit_s)
         try:
@@ -283,6 +298,7 @@ def _summary(home: Home, folder: Path) -> CurateResult:
     outcomes = Counter(row["outcome"] for row in ledger)
     kept = [row for row in ledger if row["outcome"] in ("kept", "partial")]
     clips = sum(row["clips"] - len(row["dropped_clips"] or ()) for row in kept)
+    report(home, dataset)
     log.info("curate | %s | %d clips | %s", dataset.reference, clips, dict(sorted(outcomes.items())))
     if not clips:
         reasons = Counter(row["reason"] for row in ledger)

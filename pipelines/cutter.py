@@ -34,7 +34,7 @@ class Cutter:
     def run(self, sampler: Sampler) -> dict[str, Any]:
         """The ledger's fields."""
         size = self.config.clip_frames
-        first, last = part_slots(self.config, self.job.get("part"))
+        first, last = self.job.get("first_slot") or 0, self.job.get("last_slot")
         windows: list[dict[str, Any]] = []
         thumbs: list[np.ndarray] = []
         content = hashlib.sha256()
@@ -99,14 +99,6 @@ class Cutter:
             "codec": config.codec,
             "video": encode_planes(planes, fps=config.fps, codec=config.codec, crf=config.crf),
         }
-
-
-def part_slots(config: CurateConfig, part: int | None) -> tuple[int, int | None]:
-    """First and last slot of a video's part: whole clips, so that all parts together are the video. None is all."""
-    if part is None:
-        return 0, None
-    clips = max(1, round(config.part_s * config.fps / config.clip_frames))
-    return part * clips * config.clip_frames, (part + 1) * clips * config.clip_frames - 1
 
 
 def _source(sampler: Sampler) -> dict[str, Any]:

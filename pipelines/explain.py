@@ -108,9 +108,11 @@ def history(config: CurateConfig, uri: str) -> list[str]:
     if delta_table(folder / "videos") is None:
         return ["not curated yet"]
     columns = ["uri", "outcome", "stage", "reason", "detail", "windows"]
-    row = next((r for r in open_ledger(folder, columns) if r["uri"] == uri), None)
-    if row is None:
-        return ["not curated yet"]
+    parts = [line for row in open_ledger(folder, columns) if row["uri"] == uri for line in _story(row, config)]
+    return parts or ["not curated yet"]
+
+
+def _story(row: dict[str, Any], config: CurateConfig) -> list[str]:
     lines = [f"{row['outcome']} | stage {row['stage']} | {row['reason'] or 'no objection'} | {row['detail']}"]
     return [*lines, *(window_line(window, config.filters) for window in row["windows"] or ())]
 

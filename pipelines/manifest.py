@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ PLAN_SCHEMA = pa.schema(
         ("path", pa.string()),
         ("verdict", pa.bool_()),
         ("peek", pa.bool_()),
+        ("first_slot", pa.int64()),
+        ("last_slot", pa.int64()),
         ("again", pa.bool_()),
         ("have", pa.list_(pa.string())),
         ("uri", pa.string()),
@@ -50,7 +53,8 @@ PLAN_SCHEMA = pa.schema(
         ("webpage_url", pa.string()),
     ]
 )
-_OWN = ("unit_id", "path", "verdict", "peek", "again", "have")
+_FOR_WORKER = ("path", "verdict", "peek", "first_slot", "last_slot")
+_OWN = (*_FOR_WORKER, "unit_id", "again", "have")
 
 
 def scan(source: str) -> list[Source]:
@@ -106,7 +110,7 @@ class Plan:
 
 def _job(row: dict[str, Any]) -> dict[str, Any]:
     ledger = {k: v for k, v in row.items() if k not in _OWN}
-    return {**{key: row[key] for key in ("path", "verdict", "peek")}, "have": row["have"] or [], "ledger": ledger}
+    return {**{key: row.get(key) for key in _FOR_WORKER}, "have": row["have"] or [], "ledger": ledger}
 
 
 def open_plan(folder: Path, source: str, config: CurateConfig, config_digest: str) -> Plan:
@@ -198,7 +202,30 @@ def _planned(
     _mark_copies(rows, old)
     for row in [r for r in rows if r["verdict"] and not is_remote(r["path"])][: config.previews]:
         row["peek"] = True
-    return _grouped(rows, config, config_digest)
+    return _grouped([part for row in rows for part in _parts(row, config)], config, config_digest)
+
+
+def _parts(row: dict[str, Any], config: CurateConfig) -> list[dict[str, Any]]:
+    """A long video becomes several rows `<id>#<part>`, so that no unit holds a worker for hours.
+
+    Parts are whole clips, so that together they are the video; the last ends with the file, whatever its sidecar said.
+    """
+    size = round(config.part_s * config.fps / config.clip_frames) * config.clip_frames
+    slots = math.ceil((row["duration_s"] or 0.0) * config.fps)
+    if slots <= size or row["verdict"]:
+        return [row]
+    firsts = range(0, slots, size)
+    ends = [*((first - 1) for first in firsts[1:]), None]
+    return [
+        {
+            **row,
+            "video_id": f"{row['video_id']}#{number}",
+            "first_slot": first,
+            "last_slot": last,
+            "duration_s": ((slots - 1 if last is None else last) + 1 - first) / config.fps,
+        }
+        for number, (first, last) in enumerate(zip(firsts, ends, strict=True))
+    ]
 
 
 def _row(source: Source, verdict: Verdict | None, config: CurateConfig) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def curate_video(
     """One video from file to clips; a file that can't be used becomes a dead letter with its reason.
 
     Args:
-        job: "path", "verdict" and "peek" of the plan, "have" (ids of clips that are stored already), "part" or None.
+        job: "path", "verdict" and "peek" of the plan, "have" (ids of clips that are stored already),
+            and for a part of a video "first_slot" and "last_slot".
         config: the settings.
         digest: of those that a clip's bytes depend on.
         keep: takes each clip's row.

@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import ray
 
@@ -107,6 +108,30 @@ def test_the_same_pictures_in_another_file_are_a_duplicate(tmp_path, ray_cluster
 def test_parallelism_changes_nothing(curated, source, tmp_path):
     alone = curate(settings(tmp_path, source, workers=1))
     assert contents(alone.dataset) == contents(curated.dataset)
+
+
+def test_a_long_video_is_the_work_of_several_units_with_a_ledger_row_each(tmp_path, ray_cluster):
+    raw = tmp_path / "raw"
+    film(raw, "long", np.concatenate([scroll(200, seed=n) for n in range(3)]))
+    film(raw, "short", scroll(90, seed=9))
+    whole = curate(settings(tmp_path / "whole", raw))
+    parts = curate(settings(tmp_path / "parts", raw, part_s=8.0))
+    found = ledger(parts.dataset, "outcome", "duration_s", "clips", "unit_id")
+    assert {k: v[:3] for k, v in found.items()} == {
+        "long#0": ("kept", 8.0, 4), "long#1": ("kept", 8.0, 4), "long#2": ("kept", 8.0, 4), "long#3": ("kept", 6.0, 3),
+        "short": ("kept", 4.5, 2),
+    }  # fmt: skip
+    assert len({row[3] for row in found.values()}) > 2
+    apart = ("video_id", "unit_id")
+    assert [without(row, apart) for row in contents(parts.dataset).values()] == [
+        without(row, apart) for row in contents(whole.dataset).values()
+    ]
+    again = curate(settings(tmp_path / "parts", raw, part_s=10.0))  # what is planned stays as it was
+    assert again.version == parts.version
+
+
+def without(row, names):
+    return {k: v for k, v in row.items() if k not in names}
 
 
 @pytest.mark.parametrize(

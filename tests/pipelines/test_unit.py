@@ -2,19 +2,21 @@ import os
 import signal
 import threading
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from infra.config import to_dict
+from pipelines.sampling import Sampler
 from pipelines.unit import Child, curate_video
 from tests.pipelines.footage import film, film_as, scroll, settings
 
 
-def curated(path, config):
+def curated(path, config, **changes):
     """Result and rows of one video, in this process."""
     rows = []
-    return {**curate_video(job(path), config, "x", rows.append), "rows": rows}
+    return {**curate_video(job(path, **changes), config, "x", rows.append), "rows": rows}
 
 
 def job(path, **changes):
@@ -112,3 +114,43 @@ def test_cuts_are_stored_for_the_window_sampler(tmp_path):
     path = film(tmp_path, "v", np.concatenate([scroll(50, seed=1), scroll(40, seed=2)]), fps=20)
     rows = curated(path, settings(tmp_path, tmp_path))["rows"]
     assert [row["cut_frames"] for row in rows] == [[], [5]]  # 2.5 s is frame 5 of the clip that starts at 2.0 s
+
+
+LONGS = {
+    "long.mp4": {"g": "25", "bf": "3"},
+    "open_gop.mkv": {"g": "30", "x264-params": "open-gop=1:bframes=3:b-adapt=0"},
+    "no_index.ts": {"g": "12", "codec": "mpeg2video", "fps": Fraction(25)},
+    "hevc.mkv": {"codec": "libx265", "x265-params": "log-level=0:keyint=40"},
+    "vp9.webm": {"codec": "libvpx-vp9", "deadline": "realtime", "cpu-used": "8", "g": "50"},
+    "mpeg4.avi": {"codec": "mpeg4", "g": "30"},
+    "uneven.mkv": {"times_s": [n / 20 + 0.02 * (n % 2) + 4.1 * (n > 301) for n in range(600)], "g": "20", "bf": "0"},
+}
+
+
+@pytest.mark.parametrize("name", LONGS)
+def test_a_video_in_parts_gives_the_same_clips(tmp_path, name):
+    """Windows, signals and bytes are equal wherever decoding began: content digests and previews are the part's own."""
+    changes = {"speed": 3, "cut_every": 97}
+    path = film_as(tmp_path / name, np.concatenate([scroll(300, seed=n, **changes) for n in (1, 2)]), **LONGS[name])
+    config = settings(tmp_path, tmp_path)
+    whole = curated(path, config)
+    size = 3 * config.clip_frames
+    firsts = range(0, round(whole["duration_s"] * config.fps), size)
+    parts = [
+        curated(path, config, first_slot=first, last_slot=None if first == firsts[-1] else first + size - 1)
+        for first in firsts
+    ]
+    assert len(parts) > 3 and len(whole["windows"]) > 11
+    assert [w for part in parts for w in part["windows"]] == whole["windows"]
+    assert [row for part in parts for row in part["rows"]] == whole["rows"]
+    assert sum(part["duration_s"] for part in parts) == pytest.approx(whole["duration_s"])
+
+
+def test_a_part_reads_little_of_a_long_file(tmp_path):
+    path = film_as(tmp_path / "v.mp4", np.concatenate([scroll(400, seed=n) for n in range(3)]), g="20")
+    config = settings(tmp_path, tmp_path)
+    sampler = Sampler(path, fps=10, width_px=32, height_px=32, aspect="pad")
+    last = [slot.index for slot in sampler.slots(560)]
+    assert last == list(range(560, 600))
+    assert sampler.tally.frames < 150
+    assert curated(path, config, first_slot=10_000)["reason"] == "too_short"  # beyond the end: the sidecar was wrong
