@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
-from infra.config import ClusterConfig, UserError
+from infra.config import ClusterConfig, TrackingConfig, UserError, within
 from models.config import SamplerConfig
 
 MAX_ACTIONS = 255
@@ -30,7 +30,15 @@ class Limits:
     rollouts_at_once: int = 4
     """Rollouts and replays that a gateway computes side by side, each in a slot of the device."""
     live_players: int = 256
-    """Open play sockets of one gateway."""
+    """Players of one gateway at once; the next ones wait in line."""
+    waiting_players: int = 64
+    """Longest line before a gateway; who comes later is told to come back."""
+    creates_at_once: int = 8
+    """Prompts that a gateway reads and decodes side by side; four times as many wait."""
+    exports_at_once: int = 2
+    """Videos that a gateway encodes side by side; eight times as many wait."""
+    body_s: float = 60.0
+    """Longest time for a request's body to arrive."""
     creates_per_min: int = 120
     """New sessions of one owner (an API key, or a client address) in a minute."""
     stored_bytes: int = 4 * 2**30
@@ -59,7 +67,8 @@ class ServeConfig:
     home: Path = Path("lampworks-home")
     """Folder of artifacts and of the session journal."""
     world: str | tuple[str, ...] = "world"
-    """Reference(s) of world artifacts, such as "world" (newest version) or "world@v2"; the first is the default."""
+    """Worlds, the first is the default: "world" (the registry's champion, or without one the newest version),
+    "world@v2" (always that), or "world@candidate" (any alias)."""
     store: str | None = None
     """Session journal: a file, or redis://host:6379/0 for gateways on several machines; None is the home's own file."""
     host: str = "127.0.0.1"
@@ -67,7 +76,15 @@ class ServeConfig:
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
     replicas: int = 1
-    """Model replicas per world."""
+    """Model replicas per version of a world, at least; 0 lets a version that nobody plays go until somebody does."""
+    max_replicas: int | None = None
+    """Model replicas per version at most: between the two, as many as live sessions and their waits ask for."""
+    scale_down_s: float = 60.0
+    """How long a replica must have been one too many."""
+    canary: float = 0.0
+    """Share of new sessions of a world that get the registry's candidate instead of its champion."""
+    drain_s: float = 60.0
+    """A version that new sessions don't get is taken down this long after its last session was played."""
     gateways: int = 1
     """Gateway replicas; with two, players of a killed one reconnect at once."""
     slots: int = 8
@@ -82,6 +99,12 @@ class ServeConfig:
     """How frames are sampled; None takes the sampler's defaults."""
     colocated: bool = False
     """Model inside the gateway replica: one process less, for one machine."""
+    text: str | None = None
+    """Folder or hub name of a diffusers text-to-image pipeline, for prompts in words; none are taken without it."""
+    text_steps: int = 4
+    """Denoising steps of the text-to-image pipeline."""
+    text_guidance: float = 0.0
+    """Its guidance scale: 0 for distilled ones (turbo), about 7 for others."""
     keys: tuple[str, ...] = ()
     """SHA-256 (hex) of API keys that may create sessions; none means that everyone who reaches the port may."""
     origins: tuple[str, ...] = ()
@@ -90,6 +113,8 @@ class ServeConfig:
     """Host names, besides loopback ones and `host`, that requests may be addressed to."""
     limits: Limits = field(default_factory=Limits)
     """Bounds on clients."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Whose registry says which version is a world's champion."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Which Ray cluster to run on."""
 
@@ -98,7 +123,9 @@ class ServeConfig:
             raise UserError("--world is empty: name at least one world artifact, such as world@v1")
         if not 0 <= self.port < 65536:
             raise UserError(f"--port is {self.port}: give 0 (any free port) to 65535")
-        for name in ("replicas", "gateways", "slots", "cache_bytes", "threads"):
+        self._check_replicas()
+        within("--canary", self.canary, 0.0, 1.0)
+        for name in ("gateways", "slots", "cache_bytes", "threads", "text_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
         if self.sampler and self.sampler.policy == "rolling":
@@ -114,6 +141,18 @@ class ServeConfig:
         for key in self.keys:
             if len(key) != 64 or set(key) - set("0123456789abcdef"):
                 raise UserError(f"--keys has {key[:8]!r}...: give the SHA-256 of the key, 64 hex digits, not the key")
+
+    def _check_replicas(self) -> None:
+        for name in ("replicas", "drain_s", "scale_down_s"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give 0 or more")
+        if self.max_replicas is not None and self.max_replicas < max(1, self.replicas):
+            raise UserError(f"--max-replicas is {self.max_replicas}: give at least {max(1, self.replicas)}")
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas of a version at most."""
+        return max(1, self.replicas, self.max_replicas or 0)
 
     @property
     def worlds(self) -> tuple[str, ...]:

@@ -5,27 +5,25 @@ It runs as a Ray Serve deployment (serving/app.py) and, the same, under any ASGI
 
 import asyncio
 import base64
-import binascii
-import hashlib
-import hmac
 import json
-import secrets
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Header, Query, Request, Response, WebSocket
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
+from serving.bodies import CREATE_BODY, ForkBody, RolloutBody, StepBody, read_create, read_seed
 from serving.config import ServeConfig
 from serving.edge import Edge
 from serving.export import session_mp4
-from serving.pictures import read_picture
+from serving.line import Line
+from serving.painter import Painting, check_text
+from serving.pictures import fit, read_picture
 from serving.play import PlaySocket
-from serving.protocol import MAX_SEED, Problem
+from serving.protocol import Problem
 from serving.rollouts import Rollouts
 from serving.session import Sessions, new_session_id
 from serving.store import Session, Store
@@ -37,34 +35,6 @@ PAGE_FILES = {p.name: f"{PAGE_TYPES[p.suffix]}; charset=utf-8" for p in PLAYER.i
 Bearer = Annotated[str | None, Header(alias="authorization", description="Bearer and the token")]
 
 
-class StepBody(BaseModel):
-    """A step to take."""
-
-    model_config = ConfigDict(extra="forbid")
-    n: int = Field(ge=0, le=2**31, description="the step to take: the session's newest step + 1")
-    action: int = Field(ge=0, le=255)
-
-
-class ForkBody(BaseModel):
-    """A fork to make."""
-
-    model_config = ConfigDict(extra="forbid")
-    step: int | None = Field(None, ge=0, le=2**31, description="the last step that is shared; the newest by default")
-    n: int = Field(1, ge=1, le=1000, description="how many forks")
-
-
-class RolloutBody(BaseModel):
-    """Futures to compute: N rows of T actions, each from the same step."""
-
-    model_config = ConfigDict(extra="forbid")
-    session: str = Field(max_length=64)
-    step: int | None = Field(None, ge=0, le=2**31, description="the step they start from; the newest by default")
-    actions: list[Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=4096)]] = Field(
-        min_length=1, max_length=4096
-    )
-    frames: Literal["all", "last"] = "all"
-
-
 class Gateway:
     """Everything a client can reach.
 
@@ -72,13 +42,17 @@ class Gateway:
         config: the served application's settings.
         worlds: what is served, with prompt pictures.
         store: the journal.
+        painter: makes pictures from words; None where prompts in words are not taken.
     """
 
-    def __init__(self, config: ServeConfig, worlds: Worlds, store: Store) -> None:
-        self.config, self.worlds, self.store = config, worlds, store
-        self.sessions = Sessions(store, worlds, config.limits)
+    def __init__(self, config: ServeConfig, worlds: Worlds, store: Store, painter: Painting | None = None) -> None:
+        limits = config.limits
+        self.config, self.worlds, self.store, self.painter = config, worlds, store, painter
+        self.sessions = Sessions(store, worlds, limits, config.keys)
         self.rollouts = Rollouts(self.sessions)
-        self.players = 0
+        self.players = Line("players", limits.live_players, limits.waiting_players)
+        self.creating = Line("prompts", limits.creates_at_once, 4 * limits.creates_at_once)
+        self.exporting = Line("videos", limits.exports_at_once, 8 * limits.exports_at_once)
 
     def app(self) -> FastAPI:
         """The ASGI application."""
@@ -93,6 +67,7 @@ class Gateway:
             ("GET", "/readyz", self.readyz),
             ("GET", "/v1/models", self.list_models),
             ("GET", "/v1/gallery/{model}/{picture}.png", self.gallery_picture),
+            ("GET", "/v1/sessions", self.list_sessions),
             ("GET", session, self.show),
             ("DELETE", session, self.delete),
             ("POST", session + "/step", self.step),
@@ -104,7 +79,7 @@ class Gateway:
             ("POST", "/v1/rollouts", self.roll_out),
         ):
             app.add_api_route(path, door, methods=[method])
-        app.add_api_route("/v1/sessions", self.create, methods=["POST"], status_code=201, openapi_extra=_CREATE_BODY)
+        app.add_api_route("/v1/sessions", self.create, methods=["POST"], status_code=201, openapi_extra=CREATE_BODY)
         app.add_api_route("/", self.page, methods=["GET"], include_in_schema=False)
         app.add_api_route("/player/{name}", self.page, methods=["GET"], include_in_schema=False)
         app.add_api_websocket_route(session + "/play", self.play)
@@ -114,7 +89,7 @@ class Gateway:
 
     async def healthz(self) -> dict[str, Any]:
         """Whether the gateway runs."""
-        return {"status": "ok", "players": self.players}
+        return {"status": "ok", "players": self.players.taken}
 
     async def readyz(self) -> dict[str, Any]:
         """Whether sessions can be created: 503 until every world has a replica."""
@@ -125,11 +100,15 @@ class Gateway:
 
     async def list_models(self) -> dict[str, Any]:
         """The worlds that can be played, the default first, with their prompt pictures."""
+        live = self.sessions.live()
         models = [
-            {**vars(self.worlds[r].info), "gallery": list(self.worlds.gallery(r)), "aliases": self.worlds.aliases(r)}
+            {
+                **vars(self.worlds[r].info), "gallery": list(self.worlds.gallery(r)),
+                "aliases": self.worlds.aliases(r), "players": live[r],
+            }
             for r in self.worlds.offered
-        ]
-        return {"models": models, "key_needed": bool(self.config.keys)}
+        ]  # fmt: skip
+        return {"models": models, "key_needed": bool(self.config.keys), "text_prompts": self.painter is not None}
 
     async def gallery_picture(self, model: str, picture: str) -> Response:
         """One prompt picture of a world."""
@@ -148,13 +127,36 @@ class Gateway:
 
     # -- sessions ----------------------------------------------------------------------------------------------------
 
+    async def list_sessions(
+        self, request: Request, authorization: Bearer = None, most: Annotated[int, Query(ge=1, le=100)] = 24
+    ) -> dict[str, Any]:
+        """The newest sessions of the API key that asks; it opens them too."""
+        if not self.config.keys:
+            raise Problem(401, "key-needed", "this server knows no API keys, so nobody owns sessions: use their tokens")
+        owned = self.store.owned(self._owner(request, authorization), most)
+        served = [session for session in owned if session.model in self.worlds]
+        return {"sessions": [{**self._describe(s), "playing": self.sessions.is_played(s.id)} for s in served]}
+
     async def create(self, request: Request, authorization: Bearer = None) -> dict[str, Any]:
-        """A session from a picture (multipart `picture`, one or several), base64 (JSON), or a gallery id."""
+        """A session from a picture (multipart `picture`, one or several), base64 (JSON), a gallery id, or words."""
         owner = self._owner(request, authorization)
-        fields, pictures = await _read_body(request)
-        session_id = new_session_id()
-        reference = self.worlds.choose(fields.get("model"), session_id)
+        async with self.creating.place():
+            fields, pictures = await read_create(request, self.config.limits.body_s)
+            session_id, seed = new_session_id(), read_seed(fields.get("seed"))
+            reference = self.worlds.choose(fields.get("model"), session_id)
+            frames = await self._prompt(reference, fields, pictures, seed)
+            session, token = await self.sessions.create(frames, id=session_id, seed=seed, model=reference, owner=owner)
+        return {**self._describe(session), "token": token}
+
+    async def _prompt(self, reference: str, fields: Mapping[str, Any], pictures: list[bytes], seed: int) -> np.ndarray:
+        """The first frames, uint8 (T, H, W, 3) in the world's shape, by whichever way they were given."""
         info = self.worlds[reference].info
+        size = info.height_px, info.width_px
+        if fields.get("text") is not None:
+            if self.painter is None:
+                raise Problem(422, "no-text-prompts", "this server takes no prompts in words: send a 'picture'")
+            painted = await self.painter.paint(check_text(str(fields["text"])), seed)
+            return fit(painted, *size)[None]
         if fields.get("gallery") is not None:
             path = self.worlds.gallery(reference).get(str(fields["gallery"]))
             if path is None:
@@ -165,11 +167,8 @@ class Gateway:
                 422, "bad-prompt", f"{len(pictures)} pictures: send 1 to {info.prompt_frames} as 'picture', or a "
                 "'gallery' id", limit=info.prompt_frames,
             )  # fmt: skip
-        shape = {"height_px": info.height_px, "width_px": info.width_px, "limits": self.config.limits}
-        frames = await asyncio.to_thread(lambda: np.stack([read_picture(p, **shape) for p in pictures]))
-        seed = _seed(fields.get("seed"))
-        session, token = await self.sessions.create(frames, id=session_id, seed=seed, model=reference, owner=owner)
-        return {**self._describe(session), "token": token}
+        shape = {"height_px": size[0], "width_px": size[1], "limits": self.config.limits}
+        return await asyncio.to_thread(lambda: np.stack([read_picture(p, **shape) for p in pictures]))
 
     async def show(self, session_id: str, authorization: Bearer = None) -> dict[str, Any]:
         """What a session is and where it stands."""
@@ -236,18 +235,15 @@ class Gateway:
     async def export(self, session_id: str, authorization: Bearer = None) -> Response:
         """The session as a video."""
         session = self._open(session_id, authorization)
-        rows = list(self.store.rows(session.id, session.first, session.step))
-        video = await asyncio.to_thread(session_mp4, rows, self.worlds[session.model].info.fps)
+        async with self.exporting.place():
+            rows = list(self.store.rows(session.id, session.first, session.step))
+            video = await asyncio.to_thread(session_mp4, rows, self.worlds[session.model].info.fps)
         name = f'attachment; filename="lampworks-{session.id}.mp4"'
         return Response(video, media_type="video/mp4", headers={"content-disposition": name})
 
     async def play(self, socket: WebSocket, session_id: str) -> None:
         """The play socket (serving/play.py)."""
-        self.players += 1
-        try:
-            await PlaySocket(socket, self.sessions, self.config.limits).serve(session_id, self.players)
-        finally:
-            self.players -= 1
+        await PlaySocket(socket, self.sessions, self.config.limits).serve(session_id, self.players)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
@@ -258,10 +254,10 @@ class Gateway:
         """Whose quota a new session counts for: an API key's, or with no keys set the client address's."""
         if not self.config.keys:
             return f"address:{request.client.host if request.client else 'unknown'}"
-        given = hashlib.sha256((_bearer(authorization) or "").encode()).hexdigest()
-        if not any(hmac.compare_digest(given, key) for key in self.config.keys):
+        owner = self.sessions.owner_of(_bearer(authorization))
+        if owner is None:
             raise Problem(401, "key-needed", "creating a session needs an API key: 'Authorization: Bearer <key>'")
-        return f"key:{given[:12]}"
+        return owner
 
     def _describe(self, session: Session) -> dict[str, Any]:
         info = self.worlds[session.model].info
@@ -274,38 +270,6 @@ class Gateway:
 def _bearer(authorization: str | None) -> str | None:
     scheme, _, token = (authorization or "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None
-
-
-def _seed(value: object) -> int:
-    if value in (None, ""):
-        return secrets.randbelow(2**32)
-    try:
-        seed = int(str(value))
-    except ValueError:
-        seed = -1
-    if not 0 <= seed <= MAX_SEED:
-        raise Problem(422, "bad-seed", f"seed {str(value)[:40]!r}: give a whole number from 0 to {MAX_SEED}")
-    return seed
-
-
-async def _read_body(request: Request) -> tuple[dict[str, Any], list[bytes]]:
-    """Fields and pictures of a create request, from multipart or JSON."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip()
-    if kind == "multipart/form-data":
-        async with request.form(max_files=64, max_fields=16) as form:
-            pictures = [await v.read() for _, v in form.multi_items() if isinstance(v, UploadFile)]
-            return {k: v for k, v in form.multi_items() if isinstance(v, str)}, pictures
-    if kind != "application/json":
-        raise Problem(415, "bad-body", f"content-type {kind[:80]!r}: send multipart/form-data or application/json")
-    try:
-        fields = json.loads(await request.body())
-        given = fields.get("picture") or []
-        pictures = [base64.b64decode(p, validate=True) for p in ([given] if isinstance(given, str) else given)]
-    except (ValueError, AttributeError, TypeError, RecursionError, binascii.Error) as error:
-        raise Problem(
-            422, "bad-body", "send a JSON object whose 'picture' is base64, or a list of base64 strings"
-        ) from error
-    return fields, pictures
 
 
 async def _on_problem(request: Request, problem: Problem) -> Response:
@@ -326,37 +290,3 @@ async def _on_invalid(request: Request, error: RequestValidationError) -> Respon
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return await _on_problem(request, Problem(422, "invalid-request", f"{where}: {first['msg']}"))
-
-
-_CREATE_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {
-                        "picture": {"type": "array", "items": {"type": "string", "format": "binary"}},
-                        "gallery": {"type": "string"},
-                        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
-                        "model": {"type": "string"},
-                    },
-                }
-            },
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "properties": {
-                        "picture": {
-                            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-                            "description": "base64 of a PNG, JPEG or WebP picture, or of several frames",
-                        },
-                        "gallery": {"type": "string"},
-                        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
-                        "model": {"type": "string"},
-                    },
-                }
-            },
-        },
-    }
-}

@@ -37,7 +37,7 @@ def read_picture(data: bytes, *, height_px: int, width_px: int, limits: Limits) 
             422, "picture-too-narrow", f"the picture is {width} x {height}: a side has at least "
             f"{limits.picture_side_px} pixels", limit_px=limits.picture_side_px,
         )  # fmt: skip
-    return _fit(_decode(data), height_px, width_px)
+    return fit(_decode(data), height_px, width_px)
 
 
 def too_large(limit_bytes: int) -> Problem:
@@ -88,8 +88,8 @@ def _decode(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(picture[:, :, ::-1])
 
 
-def _fit(picture: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
-    """Centre crop to the world's aspect, then resize: area averaging down, whole pixels up."""
+def fit(picture: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
+    """A picture, uint8 (H, W, 3), in a world's shape: cropped around its middle, averaged down or grown by pixels."""
     height, width = picture.shape[:2]
     scale = min(height / height_px, width / width_px)
     crop_h, crop_w = max(1, round(height_px * scale)), max(1, round(width_px * scale))

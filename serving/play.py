@@ -1,8 +1,9 @@
 """The play socket: actions up, frames down, in lockstep, with the newest action winning.
 
-Up: 5 bytes (u32 step, u8 action). Down: `FrameMessage`, and JSON text `{"state": "resuming" | "live"}` while a model
-replica is being replaced. A player may send the next action before the frame of the last has come, one step ahead; of
-several messages only the newest counts. Refusals close with 4000 + the HTTP status (protocol.Problem).
+Up: 5 bytes (u32 step, u8 action). Down: `FrameMessage`, and JSON text: `{"state": "resuming" | "live"}` while a model
+replica is being replaced, `{"state": "queued", "position": 3}` while all places of the gateway are taken. A player may
+send the next action before the frame of the last has come, one step ahead; of several messages only the newest counts.
+Refusals close with 4000 + the HTTP status (protocol.Problem).
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from serving.config import Limits
 from serving.edge import close_reason
+from serving.line import Line
 from serving.protocol import SUBPROTOCOL, TOKEN_PREFIX, Flag, Problem, unpack_step
 from serving.session import Sessions
 from serving.store import Session
@@ -36,12 +38,12 @@ class PlaySocket:
         self._allowance = _Allowance(limits.messages_per_s)
         self._next_at = 0.0
 
-    async def serve(self, session_id: str, players: int) -> None:
+    async def serve(self, session_id: str, line: Line) -> None:
         """Plays until the player leaves, or something is refused.
 
         Args:
             session_id: from the URL.
-            players: open sockets of this gateway, this one included.
+            line: the places of this gateway; while they are taken the player is told its position.
         """
         offered = [p.strip() for p in self.socket.headers.get("sec-websocket-protocol", "").split(",")]
         token = next((p[len(TOKEN_PREFIX) :] for p in offered if p.startswith(TOKEN_PREFIX)), None)
@@ -49,11 +51,11 @@ class PlaySocket:
         try:
             if SUBPROTOCOL not in offered:
                 raise Problem(400, "bad-subprotocol", f"offer the subprotocols {SUBPROTOCOL} and {TOKEN_PREFIX}<token>")
-            if players > self.limits.live_players:
-                limit = self.limits.live_players
-                raise Problem(429, "server-full", f"{limit} players are connected: retry in 5 s", retry_after_s=5)
-            session = self.sessions.attach(self.sessions.open(session_id, token))
-            await self._play(session)
+            self.sessions.open(session_id, token)
+            async with line.place(self._tell_position):
+                session = self.sessions.attach(self.sessions.open(session_id, token))
+                with self.sessions.playing(session):
+                    await self._play(session)
         except Problem as problem:
             await self._close(problem)
         except WebSocketDisconnect:
@@ -90,6 +92,8 @@ class PlaySocket:
             self._allowance.take()
             if message.get("bytes") is None:
                 raise Problem(400, "bad-message", "a step is a binary message of 5 bytes, got text")
+            if self._latest is not None:
+                self.sessions.metrics.dropped()
             self._latest = unpack_step(message["bytes"], actions)
             self._arrived.set()
 
@@ -109,7 +113,11 @@ class PlaySocket:
     async def _tell(self, state: str) -> None:
         await self.socket.send_text(json.dumps({"state": state}))
 
+    async def _tell_position(self, position: int) -> None:
+        await self.socket.send_text(json.dumps({"state": "queued", "position": position}))
+
     async def _close(self, problem: Problem) -> None:
+        self.sessions.metrics.rejected(problem.slug)
         if self.socket.application_state is WebSocketState.CONNECTED:
             await self.socket.close(problem.close_code, close_reason(problem))
 

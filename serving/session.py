@@ -2,16 +2,20 @@
 
 import asyncio
 import hashlib
+import hmac
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 
 from serving.config import Limits
+from serving.metrics import GatewayMetrics
 from serving.pictures import encode_jpeg
 from serving.protocol import (
     Context,
@@ -34,6 +38,9 @@ NO_ACTION = 255
 RETRY_S = 0.05
 """First pause before a step is asked for again; it doubles up to a quarter of a second."""
 
+LIVE_S = 30.0
+"""A session without a socket counts as played for this long after a step."""
+
 T = TypeVar("T")
 StateListener = Callable[[str], Awaitable[None]]
 
@@ -45,10 +52,14 @@ class Sessions:
         store: the journal.
         worlds: what is served.
         limits: bounds on clients.
+        keys: SHA-256 (hex) of the API keys, which open the sessions that they own.
     """
 
-    def __init__(self, store: Store, worlds: Worlds, limits: Limits) -> None:
-        self.store, self.worlds, self.limits = store, worlds, limits
+    def __init__(self, store: Store, worlds: Worlds, limits: Limits, keys: Sequence[str] = ()) -> None:
+        self.store, self.worlds, self.limits, self._keys = store, worlds, limits, keys
+        self.metrics = GatewayMetrics()
+        self._open: dict[object, Session] = {}
+        self._stepped: dict[str, tuple[float, str]] = {}
 
     async def create(
         self, frames_THWC: np.ndarray, *, id: str, seed: int, model: str, owner: str
@@ -99,14 +110,17 @@ class Sessions:
         return session, token
 
     def open(self, session_id: str, token: str | None) -> Session:
-        """The session that a token belongs to.
+        """The session that a token belongs to, or that an API key owns.
 
         Raises:
             Problem: 401 without or with an expired token, 404 for no such session and for another's token alike.
         """
         if not token:
             raise Problem(401, "token-missing", "send the session's token as 'Authorization: Bearer <token>'")
-        session = self.store.open(session_id, token)
+        session, owner = self.store.open(session_id, token), self.owner_of(token)
+        if session is None and owner is not None:
+            found = self.store.look(session_id)
+            session = found if found and found.owner == owner else None
         if session is None:
             raise Problem(404, "no-such-session", "there is no such session, or the token is not its own")
         if time.time() - session.created > self.limits.token_days * 86400:
@@ -119,6 +133,32 @@ class Sessions:
                 model=session.model,
             )  # fmt: skip
         return session
+
+    def owner_of(self, key: str | None) -> str | None:
+        """Whose quota an API key's sessions count for; None for what is no key of this server."""
+        given = hashlib.sha256((key or "").encode()).hexdigest()
+        return f"key:{given[:12]}" if any(hmac.compare_digest(given, known) for known in self._keys) else None
+
+    def is_played(self, session_id: str) -> bool:
+        """Whether a player's socket on this gateway has the session."""
+        return any(session.id == session_id for session in self._open.values())
+
+    @contextmanager
+    def playing(self, session: Session) -> Iterator[None]:
+        """The time that a player's socket is open."""
+        key = object()
+        self._open[key] = session
+        try:
+            yield
+        finally:
+            del self._open[key]
+
+    def live(self) -> Counter[str]:
+        """Sessions of each version that are played here: by socket, or step by step in the last half minute."""
+        since = time.monotonic() - LIVE_S
+        self._stepped = {session: at for session, at in self._stepped.items() if at[0] > since}
+        played = {session: model for session, (_, model) in self._stepped.items()}
+        return Counter((played | {s.id: s.model for s in self._open.values()}).values())
 
     def attach(self, session: Session) -> Session:
         """Takes the session over; who held it before is fenced at their next commit."""
@@ -157,7 +197,9 @@ class Sessions:
             Problem: 409 for a gap or a full session, 410 when fenced, 422 for the action, 503 without a replica.
         """
         self.check(session, action)
+        self._stepped[session.id] = time.monotonic(), session.model
         if step <= session.step:
+            self.metrics.duplicate()
             return session, self.stored(session, step)
         if step != session.step + 1:
             raise _gap(step, session.step)
@@ -195,10 +237,12 @@ class Sessions:
     def _settle(self, outcome: Commit, session: Session, message: FrameMessage) -> tuple[Session, FrameMessage]:
         """What the caller gets after a commit was tried."""
         if outcome is Commit.OK:
+            self.metrics.step(message.timings)
             return session, message
         if outcome is Commit.DUPLICATE:  # two requests of one holder for the same step; the first one's frame counts
             return session, self.stored(session, session.step)
         if outcome is Commit.FENCED:
+            self.metrics.fenced()
             raise Problem(410, "attached-elsewhere", "the session was opened somewhere else: attach again to take it")
         if outcome is Commit.GONE:
             raise _gone()
@@ -212,6 +256,7 @@ class Sessions:
         done = await self.patiently(lambda: self.worlds[session.model].step(job), on_state)
         if done is not None:
             return done, Flag(0)
+        self.metrics.rebuilt()
         rebuilt = replace(job, context=self.context(session, session.step))
         done = await self.patiently(lambda: self.worlds[session.model].step(rebuilt), on_state)
         if done is None:
@@ -239,8 +284,10 @@ class Sessions:
                         503, "model-unavailable", "no replica of the world answers: it is being restarted, try again",
                         retry_after_s=5,
                     ) from error  # fmt: skip
-                if not interrupted and on_state:
-                    await on_state("resuming")
+                if not interrupted:
+                    self.metrics.failover()
+                    if on_state:
+                        await on_state("resuming")
                 interrupted = True
                 await asyncio.sleep(pause_s)
                 pause_s = min(0.25, pause_s * 2)

@@ -100,6 +100,10 @@ class Store(Protocol):
 
     def open(self, session_id: str, token: str) -> Session | None: ...  # noqa: D102
 
+    def look(self, session_id: str) -> Session | None: ...  # noqa: D102
+
+    def owned(self, owner: str, most: int) -> list[Session]: ...  # noqa: D102
+
     def attach(self, session_id: str) -> Session | None: ...  # noqa: D102
 
     def commit(self, session_id: str, epoch: int, row: Row) -> Commit: ...  # noqa: D102
@@ -177,6 +181,18 @@ class SqliteStore:
             f"select {_COLUMNS} from sessions where id=? and token=?", (session_id, token_hash(token))
         ).fetchone()
         return None if found is None else _session(found)
+
+    def look(self, session_id: str) -> Session | None:
+        """The session, for who may see it by other right than its token's."""
+        found = self._db.execute(f"select {_COLUMNS} from sessions where id=?", (session_id,)).fetchone()
+        return None if found is None else _session(found)
+
+    def owned(self, owner: str, most: int) -> list[Session]:
+        """An owner's newest sessions, the newest first."""
+        found = self._db.execute(
+            f"select {_COLUMNS} from sessions where owner=? order by created desc limit ?", (owner, most)
+        )
+        return [_session(values) for values in found]
 
     def attach(self, session_id: str) -> Session | None:
         """Starts a new epoch: whoever held the session before can commit no more."""

@@ -86,6 +86,18 @@ class RedisStore:
         found = self._db.hgetall(_key(session_id))
         return _session(found) if found and found[b"token"] == token_hash(token) else None
 
+    def look(self, session_id: str) -> Session | None:
+        """The session, for who may see it by other right than its token's."""
+        found = self._db.hgetall(_key(session_id))
+        return _session(found) if found else None
+
+    def owned(self, owner: str, most: int) -> list[Session]:
+        """An owner's newest sessions, the newest first."""
+        with self._db.pipeline(transaction=False) as pipe:
+            for key in self._db.zrevrange(_owner(owner), 0, most - 1):
+                pipe.hgetall(key)
+            return [_session(found) for found in pipe.execute() if found]
+
     def attach(self, session_id: str) -> Session | None:
         """Starts a new epoch: whoever held the session before can commit no more."""
         self._db.eval(_ATTACH, 1, _key(session_id))

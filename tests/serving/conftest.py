@@ -109,12 +109,12 @@ def listening(app):
 
 
 @contextlib.contextmanager
-def gateway_of(home, engine, database, **settings):
+def gateway_of(home, engine, database, painter=None, **settings):
     """The doors over an engine in this process, without Ray: the same application that a Serve replica runs."""
     store = open_store(str(database))
     prompts = {engine.info.reference: home.artifacts / "toy" / "v1" / "prompts"}
     worlds = Worlds({engine.info.reference: engine}, prompts)
-    gateway = Gateway(ServeConfig(home=home.path, world="toy", **settings), worlds, store)
+    gateway = Gateway(ServeConfig(home=home.path, world="toy", **settings), worlds, store, painter)
     with listening(gateway.app()) as url:
         yield url
     store.close()

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import hashlib
+import json
 import resource
 import threading
 import time
@@ -265,6 +266,28 @@ def test_keys_guard_the_door_where_they_are_set(served_home, engine, tmp_path):
             assert player.step(1).shape == (SIZE, SIZE, 3)
 
 
+def test_a_key_lists_and_opens_its_own_sessions(served_home, engine, tmp_path, local):
+    keys = tuple(hashlib.sha256(k).hexdigest() for k in (b"mine", b"theirs"))
+    with gateway_of(served_home, engine, tmp_path / "db", keys=keys) as url, httpx.Client(base_url=url) as http:
+        mine, theirs = ({"authorization": f"Bearer {key}"} for key in ("mine", "theirs"))
+        made = [create(http, json={"gallery": "0", "seed": i}, headers=mine).json() for i in range(3)]
+        create(http, json={"gallery": "0"}, headers=theirs)
+        with socket(url, made[1]) as ws:
+            ws.recv(timeout=20)
+            listed = http.get("/v1/sessions", headers=mine).json()["sessions"]
+        assert [(s["session"], s["playing"]) for s in listed] == [(m["session"], m is made[1]) for m in made[::-1]]
+        assert not [s for s in listed if "token" in s]
+        assert len(http.get("/v1/sessions?most=2", headers=mine).json()["sessions"]) == 2
+        path = f"/v1/sessions/{made[0]['session']}"
+        assert http.get(path, headers=mine).status_code == 200
+        refused(http.get(path, headers=theirs), 404, "no-such-session")
+        refused(http.get("/v1/sessions"), 401, "key-needed")
+        refused(http.get("/v1/sessions", headers=bearer(made[0])), 401, "key-needed")
+        with socket(url, made[0], token="mine") as ws:
+            assert FrameMessage.unpack(ws.recv(timeout=20)).step == 0
+    refused(httpx.get(f"{local}/v1/sessions"), 401, "key-needed")
+
+
 def test_old_tokens_expire(served_home, engine, tmp_path):
     brief = Limits(token_days=0.4 / 86400)
     with gateway_of(served_home, engine, tmp_path / "db", limits=brief) as url, httpx.Client(base_url=url) as http:
@@ -350,14 +373,88 @@ def test_the_newest_action_counts_when_a_player_is_ahead(local, session):
     assert frame.action in (0, 3), "the first, when it was taken before the others came; else the newest"
 
 
-def test_idle_and_surplus_players_are_let_go(served_home, engine, tmp_path):
-    limits = Limits(idle_s=0.5, live_players=1)
-    with gateway_of(served_home, engine, tmp_path / "db", limits=limits) as url, httpx.Client(base_url=url) as http:
-        one, two = create(http).json(), create(http).json()
-        with socket(url, one) as ws, socket(url, two) as late:
-            code, reason = closed_with(late)
-            assert (code, "retry in 5 s" in reason) == (4429, True)
+def test_idle_players_are_let_go(served_home, engine, tmp_path):
+    with gateway_of(served_home, engine, tmp_path / "db", limits=Limits(idle_s=0.5)) as url:
+        made = httpx.post(f"{url}/v1/sessions", json={"gallery": "0"}).json()
+        with socket(url, made) as ws:
             assert closed_with(ws)[0] == 4408
+
+
+def test_surplus_players_wait_in_line_and_a_full_line_says_so(served_home, engine, tmp_path):
+    limits = Limits(live_players=1, waiting_players=2)
+    with (
+        gateway_of(served_home, engine, tmp_path / "db", limits=limits) as url,
+        httpx.Client(base_url=url) as http,
+        contextlib.ExitStack() as stack,
+    ):
+        playing, second, third, fourth, foreign = (create(http).json() for _ in range(5))
+        first = stack.enter_context(socket(url, playing))
+        first.recv(timeout=20)
+        waiting = [stack.enter_context(socket(url, made)) for made in (second, third)]
+        told = [json.loads(ws.recv(timeout=20)) for ws in waiting]
+        assert told == [{"state": "queued", "position": 1}, {"state": "queued", "position": 2}]
+        with socket(url, fourth) as ws:
+            code, reason = closed_with(ws)
+            assert (code, reason) == (4429, "1 players are served and 2 wait: retry in 15 s")
+        with socket(url, foreign, token=fourth["token"]) as ws:
+            assert closed_with(ws)[0] == 4404, "who may not play need not wait to hear it"
+        assert http.get("/healthz").json()["players"] == 1
+        first.close()
+        greeting = next(m for m in iter(lambda: waiting[0].recv(timeout=20), None) if isinstance(m, bytes))
+        assert FrameMessage.unpack(greeting).flags == Flag.GREETING, "the next one plays"
+        waiting[1].send(pack_step(1, 0))
+        while json.loads(waiting[1].recv(timeout=20)) != {"state": "queued", "position": 1}:
+            pass
+        waiting[0].close()
+        while not isinstance(greeting := waiting[1].recv(timeout=20), bytes):
+            pass
+        assert FrameMessage.unpack(waiting[1].recv(timeout=20)).step == 1, "what was pressed in line counts"
+
+
+def test_a_place_in_line_is_given_up_by_leaving(served_home, engine, tmp_path):
+    limits = Limits(live_players=1, waiting_players=1)
+    with gateway_of(served_home, engine, tmp_path / "db", limits=limits) as url, WorldClient(url) as client:
+        one, two, three = (client.create(gallery="0") for _ in range(3))
+        one.step(1)
+        with socket(url, {"session": two.id, "token": two.token}) as ws:
+            ws.recv(timeout=20)
+        time.sleep(2.5)  # it is noticed when the position is told the next time
+        frames = []
+        late = threading.Thread(target=lambda: frames.append(three.step(1)))
+        late.start()
+        time.sleep(0.5)
+        one.close()
+        late.join(20)
+        assert len(frames) == 1, "a client waits in line by itself"
+        three.close()
+
+
+def test_prompts_are_read_a_few_at_a_time_and_not_for_ever(served_home, engine, tmp_path):
+    """A body that never ends holds a place for `body_s`; the line behind it is bounded, and says so."""
+    limits = Limits(creates_at_once=1, body_s=1.0)
+
+    def endless():
+        yield b'{"gallery":'
+        time.sleep(5)
+        yield b'"0"}'
+
+    with gateway_of(served_home, engine, tmp_path / "db", limits=limits) as url:
+        answers = []
+
+        def ask(**given):
+            answers.append(httpx.post(f"{url}/v1/sessions", timeout=30, **given))
+
+        threads = [threading.Thread(target=ask, kwargs={"content": endless(), "headers": JSON})]
+        threads[0].start()
+        time.sleep(0.3)
+        threads += [threading.Thread(target=ask, kwargs={"json": {"gallery": "0"}}) for _ in range(6)]
+        [t.start() for t in threads[1:]]
+        [t.join() for t in threads]
+        assert sorted(a.status_code for a in answers) == [201] * 4 + [408] + [429] * 2
+        body = refused(next(a for a in answers if a.status_code == 429), 429, "server-full")
+        assert (body["limit"], body["position"], body["retry_after_s"]) == (1, 5, 15.0)
+        assert next(a for a in answers if a.status_code == 429).headers["retry-after"] == "15"
+        assert refused(next(a for a in answers if a.status_code == 408), 408, "body-too-slow")["limit_s"] == 1.0
 
 
 def test_a_fast_player_is_slowed_down_not_refused(served_home, engine, tmp_path):

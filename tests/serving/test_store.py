@@ -109,6 +109,17 @@ def test_usage_counts_sessions_bytes_and_fresh_ones(store):
     assert store.usage("stranger") == store.usage("nobody")
 
 
+def test_an_owner_finds_the_own_sessions_newest_first(store):
+    for i in range(1, 4):
+        store.create(session(f"s{i}", created=time.time() + i), "x", [row(0, -1)])
+    store.create(session("other", owner="you"), "x", [row(0, -1)])
+    assert [s.id for s in store.owned("me", 3)] == ["s3", "s2", "s1"]
+    store.delete("s2")
+    assert [s.id for s in store.owned("me", 9)] == ["s3", "s1", "s"]
+    assert store.owned("stranger", 9) == []
+    assert (store.look("s").id, store.look("s2")) == ("s", None)
+
+
 def test_a_killed_redis_loses_nothing_and_is_waited_for(tmp_path):
     with running_redis(tmp_path) as (url, server):
         store = open_store(url)
