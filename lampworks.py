@@ -70,6 +70,12 @@ COMMANDS = {
         "pipelines.report:report",
         ("--evaluation",),
     ),
+    "promote": Command(
+        "NAME@VERSION [ALIAS]: make it the champion that is served",
+        "infra.config:PromoteConfig",
+        ":promote",
+        ("--reference", "--alias"),
+    ),  # fmt: skip
     "serve": Command("[WORLD]: host it for players", "serving.config:ServeConfig", ":serve", ("--world",)),
     "play": Command("a session in this terminal", "serving.config:PlayConfig", "serving.terminal:play", ("--url",)),
     "bench": Command(
@@ -87,7 +93,7 @@ COMMANDS = {
     "doctor": Command("check this machine, say the fix", "infra.config:DoctorConfig", ":doctor"),
 }
 
-OWN_OUTPUT = {"demo", "record", "serve", "play", "bench", "show", "doctor"}
+OWN_OUTPUT = {"demo", "record", "promote", "serve", "play", "bench", "show", "doctor"}
 """The other commands end with one line on stdout for scripts: the reference or path of what they made."""
 
 USAGE = """usage: lampworks COMMAND [--config FILE.toml] [--preset NAME] [options]
@@ -285,6 +291,15 @@ def serve(config: Any) -> None:
     with serve_world(config) as served:
         sys.stdout.write(f"play: {served.url}   (Ctrl-C stops; sessions are kept)\n")
         served.wait()
+
+
+def promote(config: Any) -> None:
+    """Gives an alias to a version, and says which version has which."""
+    from infra.config import Home
+    from infra.registry import Registry
+
+    aliases = Registry(config.tracking, Home(config.home)).promote(config.reference, config.alias)
+    sys.stdout.write("".join(f"{alias:10} {reference}\n" for alias, reference in sorted(aliases.items())))
 
 
 def show(config: Any) -> None:

@@ -7,7 +7,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -183,6 +183,27 @@ class ShowConfig:
     """The preset, after `preset`."""
     home: Path = Path("lampworks-home")
     """Folder that everything is written under."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromoteConfig:
+    """Gives an alias of the registry to a version; a running `lampworks serve` notices within seconds."""
+
+    reference: str = ""
+    """`NAME@VERSION`, such as world@v3, or `NAME@candidate`."""
+    alias: str = "champion"
+    """champion: new sessions get it. candidate: a share of them does (`lampworks serve --canary`)."""
+    home: Path = Path("lampworks-home")
+    """Folder that everything is written under."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Whose registry."""
+
+    def __post_init__(self) -> None:
+        name, _, version = self.reference.partition("@")
+        if not name or not version:
+            raise UserError(f"promote {self.reference!r}: name a version, such as world@v3 or world@candidate")
+        if not self.alias.isidentifier():
+            raise UserError(f"--alias {self.alias!r}: give one word, such as champion or candidate")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ class Registry:
     """
 
     def __init__(self, config: TrackingConfig, home: Home) -> None:
-        self.uri, self.home = config.uri or home.tracking_uri, home
+        self.uri, self.home, self._experiment = config.uri or home.tracking_uri, home, config.experiment
         self._client = connect(self.uri)
 
     def aliases(self, name: str) -> dict[str, str]:
@@ -60,6 +60,8 @@ class Registry:
     def promote(self, reference: str, alias: str = CHAMPION) -> dict[str, str]:
         """Gives an alias to a version, which takes it from another; a champion is no candidate any more.
 
+        A world that the home has and the registry hasn't is registered first.
+
         Returns:
             The name's aliases afterwards.
 
@@ -70,7 +72,13 @@ class Registry:
 
         def change() -> dict[str, str]:
             held = self._aliases(name)
-            found = self._version(name, held.get(wanted, f"{name}@v{wanted.removeprefix('v')}"))
+            meant = held.get(wanted, f"{name}@v{wanted.removeprefix('v')}")
+            if (self.home.artifacts / name / meant.partition("@")[2]).exists():
+                made = resolve(self.home, meant, kind="world")
+                experiment = self._client.get_experiment_by_name(self._experiment)
+                about = made.path, made.reference, made.fingerprint
+                register(self._client, experiment.experiment_id if experiment else "0", None, *about)
+            found = self._version(name, meant)
             self._client.set_registered_model_alias(name, alias, found.version)
             if alias == CHAMPION and held.get(CANDIDATE) == found.tags[REFERENCE_TAG]:
                 self._client.delete_registered_model_alias(name, CANDIDATE)
@@ -131,7 +139,7 @@ class Registry:
 
 
 def register(
-    client: "MlflowClient", experiment: str, run_id: str, path: Path, reference: str, fingerprint: str
+    client: "MlflowClient", experiment: str, run_id: str | None, path: Path, reference: str, fingerprint: str
 ) -> None:
     """Registers a published artifact with its files: as candidate, or as champion where there is none.
 
@@ -151,7 +159,7 @@ def register(
     client.log_model_artifacts(model.model_id, str(path))
     client.finalize_logged_model(model.model_id, "READY")
     tags = {REFERENCE_TAG: reference, FINGERPRINT_TAG: fingerprint, "lampworks.model": model.model_id}
-    made = client.create_model_version(name, model.artifact_location, run_id, tags, model_id=model.model_id)
+    made = client.create_model_version(name, model.artifact_location, run_id, tags)
     held = client.get_registered_model(name).aliases
     client.set_registered_model_alias(name, CANDIDATE if CHAMPION in held else CHAMPION, made.version)
 

@@ -22,6 +22,7 @@ import torch
 from models.config import ModelError, SamplerConfig
 from models.sampler import Decoder, Finished, Window
 from models.world import World
+from serving.metrics import EngineMetrics
 from serving.protocol import Context, ModelInfo, ModelUnavailable, Prompted, StepJob, Stepped
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ class Engine:
         self, world: World, *, reference: str, sampler: SamplerConfig, slots: int, cache_bytes: int = 2 * 2**30
     ) -> None:
         self.world = world
-        one = Decoder(world, 1, sampler).slot_bytes
+        self._metrics = EngineMetrics(reference)
+        self._slot_bytes = one = Decoder(world, 1, sampler).slot_bytes
         self.slots = max(1, min(slots, cache_bytes // max(1, one)))
         self.decoder = Decoder(world, self.slots, sampler)
         height, width, _ = world.frame_shape
@@ -149,6 +151,8 @@ class Engine:
         after it the caches can't be trusted."""
         try:
             while self._take_in():
+                if sessions := sum(held.busy is not None for held in self._held.values()):
+                    self._metrics.batch(sessions)
                 for finished in self.decoder.advance():
                     self._give_out(finished)
         finally:
@@ -182,6 +186,7 @@ class Engine:
         if held and held.busy:
             return False
         if job.context is None and (held is None or held.step != job.step - 1):
+            self._metrics.miss()
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_result(None)
             return True
@@ -208,6 +213,7 @@ class Engine:
         pending.began = time.perf_counter()
         held.busy, held.step = pending, job.step
         self._held.move_to_end(job.session)
+        self._metrics.held(len(self._held) * self._slot_bytes)
 
     def _find_slot(self) -> int | None:
         """A free slot, or that of the session that has been idle for the longest."""
@@ -223,6 +229,7 @@ class Engine:
         if held is not None:
             self.decoder.release(held.slot)
             self._free.append(held.slot)
+            self._metrics.held(len(self._held) * self._slot_bytes)
 
     def _give_out(self, finished: Finished) -> None:
         held = next(h for h in self._held.values() if h.slot == finished.slot)

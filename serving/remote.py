@@ -16,6 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serving.protocol import ModelInfo, ModelUnavailable, Prompted, StepJob, Stepped
+from serving.router import PLACE_AGAIN
 
 UNAVAILABLE = (RayActorError, BackPressureError, DeploymentUnavailableError)
 LINGER_S = 0.002
@@ -33,13 +34,15 @@ class RemoteModel:
     Calls carry a session id, which the router keeps on one replica as long as it lives.
     """
 
-    def __init__(self, handle: Handle, info: ModelInfo) -> None:
-        self.info, self._handle = info, handle
+    def __init__(self, handle: Handle, info: ModelInfo, may_sleep: bool = False) -> None:
+        self.info, self._handle, self._may_sleep = info, handle, may_sleep
         self._homes: OrderedDict[str, str] = OrderedDict()
         self._lanes: dict[str, _Lane] = {}
 
     async def ready(self) -> bool:
-        """Whether a replica answers."""
+        """Whether a replica answers; one that may sleep isn't woken for the question."""
+        if self._may_sleep:
+            return True
         try:
             return await self._handle.info.remote() == self.info
         except UNAVAILABLE:
@@ -57,7 +60,8 @@ class RemoteModel:
         home = self._homes.get(job.session)
         try:
             if home is None or job.context is not None:
-                home, done = await self._handle.options(session_id=job.session).step.remote(job)
+                key = job.session + (PLACE_AGAIN if job.context is not None else "")
+                home, done = await self._handle.options(session_id=key).step.remote(job)
                 self._settle(job.session, home if done is not None else None)
                 return done
             lane = self._lanes.setdefault(home, _Lane(self._handle))

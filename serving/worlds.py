@@ -57,6 +57,15 @@ class Worlds:
     def __contains__(self, reference: str) -> bool:
         return reference in self._models
 
+    def add(self, reference: str, model: Model, gallery: Path) -> None:
+        """Puts a version in, or another model in its place."""
+        self._models[reference], self._galleries[reference] = model, _gallery(gallery)
+
+    @property
+    def alive(self) -> bool:
+        """Whether every model that runs in this process does."""
+        return all(getattr(model, "alive", True) for model in self._models.values())
+
     @property
     def offered(self) -> list[str]:
         """The versions that new sessions may get, the default first."""

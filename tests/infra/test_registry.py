@@ -6,6 +6,7 @@ from infra.artifact import ArtifactError, publish
 from infra.config import Home, TrackingConfig
 from infra.registry import Registry, RegistryError, open_registry
 from infra.tracking import Run
+from lampworks import main
 
 
 def published(home, folder, weights, send=True, name="toy"):
@@ -77,3 +78,19 @@ def test_another_machine_fetches_the_files_and_verifies_them(tracked_home, tmp_p
 
 def test_a_home_without_a_store_has_no_registry(home):
     assert open_registry(TrackingConfig(), home) is None
+
+
+def test_the_command_registers_what_the_home_has_and_says_who_holds_what(tracked_home, tmp_path, capsys):
+    published(tracked_home, tmp_path, b"1")
+    (tmp_path / "more").mkdir()
+    publish(
+        tracked_home, name="toy", kind="world", source_dir=tmp_path / "more", config={}, parents={}, metrics={},
+        identity="y",
+    )  # fmt: skip
+    main(["promote", "toy@2", "--home", str(tracked_home.path)])
+    assert capsys.readouterr().out == "champion   toy@v2\n"
+    main(["promote", "toy@1", "candidate", "--home", str(tracked_home.path)])
+    assert capsys.readouterr().out == "candidate  toy@v1\nchampion   toy@v2\n"
+    with pytest.raises(SystemExit):
+        main(["promote", "toy", "--home", str(tracked_home.path)])
+    assert "name a version, such as world@v3" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """The whole application on Ray Serve: two tiers, and what is left when a process of one is killed."""
 
-import asyncio
 import logging
 import socket
 
@@ -9,13 +8,12 @@ import numpy as np
 import pytest
 
 from infra.config import UserError
-from serving.app import GatewayReplica, serve_world
+from serving.app import serve_world
 from serving.client import WorldClient
 from serving.config import ServeConfig
 from tests.serving.conftest import (
     SAMPLER,
     SIZE,
-    listening,
     picture,
     uninterrupted,
 )
@@ -41,22 +39,15 @@ def test_the_edge_holds_behind_serves_proxy(served):
     assert httpx.get(f"{served.url}/v1/models", headers={"origin": "https://evil.example"}).status_code == 403
 
 
-def test_colocated_gateways_play_the_same_world(served_home, world, tmp_path):
-    """The replica that holds gateway and model at once, built as Serve builds it."""
+def test_colocated_gateways_play_the_same_world(served_home, ray_cluster, world, tmp_path):
     config = ServeConfig(
-        home=served_home.path, world="toy", store=str(tmp_path / "db"), colocated=True, slots=2, sampler=SAMPLER
+        home=served_home.path, world="toy", port=0, store=str(tmp_path / "db"), colocated=True, slots=2, sampler=SAMPLER
     )
-
-    async def build():
-        replica = GatewayReplica.__new__(GatewayReplica)
-        await replica.__init__(config, {"toy@v1": served_home.artifacts / "toy" / "v1"})
-        replica.check_health()
-        return replica.__serve_build_asgi_app__()
-
     acts, prompt = [3, 1, 4, 1, 0, 2, 2], picture(6, SIZE, SIZE)
-    with listening(asyncio.run(build())) as url, WorldClient(url) as client, client.create(prompt, seed=2) as player:
-        frames = [player.step(a) for a in acts]
-        assert httpx.get(f"{url}/readyz").status_code == 200
+    with serve_world(config) as served:
+        with WorldClient(served.url) as client, client.create(prompt, seed=2) as player:
+            frames = [player.step(a) for a in acts]
+        assert httpx.get(f"{served.url}/readyz").json() == {"status": "ready", "models": ["toy@v1"]}
     assert all(np.array_equal(a, b) for a, b in zip(frames, uninterrupted(world, prompt, 2, acts), strict=True))
 
 

@@ -4,13 +4,9 @@ pytest -m slow tests/serving/test_soak.py    # ten seeds of 8 players x 600 step
 """
 
 import asyncio
-import json
 import logging
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,53 +14,12 @@ import pytest
 from serving.client import AsyncPlayer
 from serving.pictures import decode_jpeg
 from serving.store import open_store
-from tests.serving.conftest import ACTIONS, SIZE, picture, running_redis, start_redis, stop, uninterrupted
+from tests.serving.conftest import ACTIONS, SIZE, picture, uninterrupted
+from tests.serving.fabric import Fabric
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parent.parent.parent
-EVERYTHING = ("model", "gateway", "proxy", "controller", "store", "node")
-
-
-class Fabric:
-    """The served world's process (tests/serving/fabric.py) and its journal's."""
-
-    def __init__(self, home, folder, seed):
-        self.folder = folder
-        self._redis = running_redis(folder)
-        self.store, server = self._redis.__enter__()
-        self.servers = [server]
-        command = [sys.executable, "-m", "tests.serving.fabric", str(home.path), self.store, str(seed)]
-        self.log = (folder / "fabric.log").open("w")
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
-        self.url = self.hear()["url"]
-
-    def hear(self):
-        line = self.process.stdout.readline()
-        while line and not line.startswith("{"):
-            line = self.process.stdout.readline()
-        assert line, (self.folder / "fabric.log").read_text()[-4000:]
-        return json.loads(line)
-
-    def kill(self, word):
-        """Ends one thing with SIGKILL; a killed journal is started again, the rest mends itself."""
-        if word == "store":
-            stop(self.servers[-1])
-            time.sleep(0.3)
-            self.servers.append(start_redis(self.folder, self.store))
-            return
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
-        assert self.hear()["killed"] == word
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(60)
-        self.log.close()
-        stop(self.servers[-1])
-        self._redis.__exit__(None, None, None)
+EVERYTHING = ("model", "gateway", "fleet", "proxy", "controller", "store", "node")
 
 
 @dataclass
@@ -147,20 +102,19 @@ def stalls(played, killed):
         yield "+".join(kinds), max(answer - max(asked, moment) for spans in after for asked, answer in spans)
 
 
-def run(home, world, folder, seed, sessions, steps, kinds):
-    fabric = Fabric(home, folder, seed)
-    try:
+def run(home, world, folder, seed, sessions, steps, kinds, **more):
+    with Fabric(home, folder, nodes=2, seed=seed, gateways=2, replicas=2, slots=4, **more) as fabric:
         played, killed = asyncio.run(soak(fabric, seed, sessions, steps, kinds))
         for down, stall in stalls(played, killed):
             log.info("soak | seed %d | killed %s | longest stall %.2f s", seed, down, stall)
         log.info("soak | seed %d | reconnects %s", seed, [p.player.reconnects for p in played])
         check(fabric, world, seed, played)
-    finally:
-        fabric.close()
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("seed", "kinds"), [(1, ("model", "gateway", "store")), (2, ("controller", "node", "proxy"))])
+@pytest.mark.parametrize(
+    ("seed", "kinds"), [(1, ("model", "gateway", "store")), (2, ("controller", "fleet", "node", "proxy"))]
+)
 def test_kills_cost_no_step(served_home, world, tmp_path, seed, kinds):
     """Shorter than in the long run below (80 steps): the same checks, each kind once."""
     run(served_home, world, tmp_path, seed, 8, 80, kinds)
