@@ -128,13 +128,15 @@ def settle_ledger(writer: Writer, filters: FilterConfig, scores: Mapping[str, fl
     bare: dict[str, Any] = {"copied_share": None, "copy_of": None}
     fresh: list[dict[str, Any]] = [{**row, "windows": [{**w, **bare} for w in row["windows"]]} for row in rows]
     ranks: dict[str, tuple[Any, ...]] = {}
+    videos = {w["clip_id"]: row["video_id"].partition("#")[0] for row in fresh for w in row["windows"]}
     for row in fresh:
         for window in row["windows"]:
             if scores is not None:
                 window["quality"] = scores.get(window["clip_id"] or "")
             if window["clip_id"] and not judge(window, filters):
                 ranks[window["clip_id"]] = (*_rank(row), window["start_s"])
-    shares = copied(ranks, read_pairs(writer.folder))
+    pairs = read_pairs(writer.folder)  # a copy of the very file has the same clips, which are none of one another
+    shares = copied(ranks, [pair for pair in pairs if videos.get(pair["a"]) != videos.get(pair["b"])])
     changes: dict[str, dict[str, Any]] = {}
     for row, before in zip(fresh, rows, strict=True):
         for window in row["windows"]:
