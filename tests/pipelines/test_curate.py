@@ -1,14 +1,6 @@
-import os
-import random
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import numpy as np
 import pytest
-import ray
 
 from infra.config import UserError
 from pipelines.curate import curate
