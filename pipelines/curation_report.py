@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.config import Home
+from infra.config import Home, digest, to_dict
 from pipelines import page
 from pipelines.config import FilterConfig
 from pipelines.cutter import THUMBS, thumb
@@ -49,23 +49,24 @@ _COLUMNS = ("uri", "video_id", "outcome", "reason", "detail", "duration_s", "sec
 
 
 def report(home: Home, dataset: Dataset) -> Path:
-    """Writes the page of a dataset at a version, if it is not there yet."""
+    """Writes the page of a dataset at a version, if it is not there yet or was judged by other limits."""
     path = home.reports / f"{dataset.name}@{dataset.version}.html"
-    if path.exists():
+    filters = judged_by(dataset.folder)
+    footer = f"Judged by limits {digest(to_dict(filters))[:12]}. This file is complete: it loads nothing."
+    if path.exists() and footer in path.read_text(encoding="utf-8"):
         return path
     ledger = dataset.video_table([*_COLUMNS, "windows"])
     videos, windows = ledger.select(_COLUMNS), _windows(ledger)
     sections = [
         ("kept", "What was kept", _kept(videos, windows)),
         ("reasons", "Why the rest was not", _reasons(dataset, videos, windows)),
-        ("signals", "Signals and their limits", _signals(windows, judged_by(dataset.folder))),
+        ("signals", "Signals and their limits", _signals(windows, filters)),
         ("uploaders", "Uploaders", _uploaders(videos, windows)),
         ("cost", "Slowest files", _slowest(videos)),
     ]
     header = f'<p class="kicker">Curation report</p><h1>{escape(dataset.reference)}</h1>'
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
-    footer = "This file is complete: it loads nothing."
     draft.write_text(page.document(dataset.reference, header, sections, footer), encoding="utf-8")
     draft.replace(path)
     log.info("report | %s | %s", dataset.reference, path)

@@ -49,7 +49,8 @@ MOST_IN_BAND = 64
 LEAST_BANDS = 2
 NEAR_BITS, LEAST_NEAR = 8, 8
 """Pairs are decoded when so many pictures, at one offset in time, differ in at most so many bits."""
-BUCKET_ROWS = 2_000_000
+BUCKET_ROWS, PAIRS_HERE = 2_000_000, 128
+"""Where all bands (of about 4,000 clips) fit one bucket, or so few pairs are left, starting tasks would take longer."""
 GRID, LAG = (40, 22), 5
 """Motion is looked at on so many points across and down, from each frame to the fifth after it."""
 LEAST_MOVING = 40
@@ -145,41 +146,52 @@ def find_copies(folder: Path, cluster: ClusterConfig) -> int:
     target = folder / PAIRS / f"{digest([f.name for f in files])[:24]}.parquet"
     if not files or target.exists():
         return 0
-    with connect(cluster):
-        known = {(p["a"], p["b"], p["mirrored"]) for p in read_pairs(folder)}
-        jobs = [job for job in _candidates(files) if (job["a"], job["b"], job["mirrored"]) not in known]
-        rows = _compared(jobs)
+    known = {(p["a"], p["b"], p["mirrored"]) for p in read_pairs(folder)}
+    jobs = [job for job in _candidates(files, cluster) if (job["a"], job["b"], job["mirrored"]) not in known]
+    rows = _compared(jobs, cluster)
     write_shard(target, rows, PAIR_SCHEMA)
     same = sum(row["agreement"] >= AGREEMENT for row in rows)
     log.info("curate | %d pairs of clips compared, %d show the same", len(rows), same)
     return len(rows)
 
 
-def _candidates(files: list[Path]) -> list[dict[str, Any]]:
+def _candidates(files: list[Path], cluster: ClusterConfig) -> list[dict[str, Any]]:
     """Pairs of clips of different videos that share bands of their hashes: {a, b, mirrored, place_a, place_b}."""
     clips = sum(parquet(f).metadata.num_rows for f in files)
     groups = 1 + clips * 2 * BANDS * 80 // BUCKET_ROWS
     rows = [{"number": number, "path": str(path)} for number, path in enumerate(files)]
-    _quietly()
-    shared = (
-        ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
-        .map_batches(cast(Any, band_rows), batch_size=1, fn_kwargs={"groups": groups})
-        .groupby("bucket", num_partitions=min(groups, 200))
-        .map_groups(cast(Any, shared_bands), batch_format="numpy")
+    parts = [shared_bands(band_rows(_columns(rows), 1))] if groups == 1 else _shared_by_ray(rows, groups, cluster)
+    found = (
+        pa.concat_tables([pa.table(part) for part in parts])
+        .group_by(["place_a", "place_b", "mirrored"])
+        .aggregate([("bands", "sum")])
     )
-    parts = [pa.table(part) for part in shared.iter_batches(batch_format="numpy") if len(part["bands"])]
-    if not parts:
-        return []
-    found = pa.concat_tables(parts).group_by(["place_a", "place_b", "mirrored"]).aggregate([("bands", "sum")])
     pairs = [p for p in found.to_pylist() if p["bands_sum"] >= LEAST_BANDS]
     ids = _clip_ids(files, {place for pair in pairs for place in (pair["place_a"], pair["place_b"])})
     return sorted((_ordered(pair, files, ids) for pair in pairs), key=lambda p: (p["a"], p["b"], p["mirrored"]))
+
+
+def _shared_by_ray(rows: list[dict[str, Any]], groups: int, cluster: ClusterConfig) -> list[dict[str, np.ndarray]]:
+    """`shared_bands` of each bucket, over the cluster."""
+    with connect(cluster):
+        _quietly()
+        shared = (
+            ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
+            .map_batches(cast(Any, band_rows), batch_size=1, fn_kwargs={"groups": groups})
+            .groupby("bucket", num_partitions=min(groups, 200))
+            .map_groups(cast(Any, shared_bands), batch_format="numpy")
+        )
+        return [cast(dict[str, np.ndarray], part) for part in shared.iter_batches(batch_format="numpy")]
 
 
 def _quietly() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def _place(file: int, group: int, row: int) -> int:
@@ -246,12 +258,15 @@ def shared_bands(group: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 # -- the comparison ----------------------------------------------------------------------------------------------
 
 
-def _compared(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if not jobs:
-        return []
-    blocks = -(-len(jobs) // 64)
-    rows = ray.data.from_items(jobs, override_num_blocks=blocks).map_batches(cast(Any, compare), batch_size=64)
-    return sorted(rows.take_all(), key=lambda row: (row["a"], row["b"], row["mirrored"]))
+def _compared(jobs: list[dict[str, Any]], cluster: ClusterConfig) -> list[dict[str, Any]]:
+    """Each pair's row, over the cluster where there are many."""
+    if len(jobs) <= PAIRS_HERE:
+        return pa.table(compare(_columns(jobs))).to_pylist() if jobs else []
+    blocks = -(-len(jobs) // PAIRS_HERE)
+    with connect(cluster):
+        _quietly()
+        rows = ray.data.from_items(jobs, override_num_blocks=blocks).map_batches(cast(Any, compare), batch_size=64)
+        return sorted(rows.take_all(), key=lambda row: (row["a"], row["b"], row["mirrored"]))
 
 
 def compare(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

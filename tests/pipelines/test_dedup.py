@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines import dedup
 from pipelines.config import FilterConfig, ForgetConfig
 from pipelines.curate import curate
 from pipelines.dedup import (
@@ -233,6 +234,15 @@ def test_a_second_run_compares_nothing(crawl):
     assert curate(config).version == result.version
     assert find_copies(result.path, config.cluster) == 0
     assert sorted((p.name, p.stat().st_mtime_ns) for p in (result.path / "pairs").iterdir()) == files
+
+
+def test_over_a_cluster_the_same_pairs_are_found(crawl, tmp_path, monkeypatch):
+    config, result = crawl
+    shutil.copytree(result.path / "clips", tmp_path / "clips")
+    monkeypatch.setattr(dedup, "BUCKET_ROWS", 4000)
+    monkeypatch.setattr(dedup, "PAIRS_HERE", 40)
+    find_copies(tmp_path, config.cluster)
+    assert read_pairs(tmp_path) == read_pairs(result.path)
 
 
 def test_keeping_every_copy_is_a_threshold_and_decodes_nothing(crawl, copy_of_crawl):

@@ -13,7 +13,7 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.config import ClusterConfig, UserError
+from infra.config import UserError
 from models.config import QualityConfig
 from pipelines import quality
 from pipelines.config import CurateConfig, FilterConfig
@@ -219,7 +219,7 @@ def test_killed_while_scoring_and_run_again_it_scores_the_same(rated, classifier
     left = {p.name: p.stat().st_mtime_ns for p in target.glob("[!.]*.parquet")}
     assert left
     monkeypatch.setattr(quality, "CLIPS_PER_FILE", 4)
-    config = CurateConfig(home=tmp_path, name="small", quality="quality@v1", cluster=ClusterConfig(address="auto"))
+    config = CurateConfig(home=tmp_path, name="small", quality="quality@v1", workers=1)
     found = score(folder, config)
     assert {name: (target / name).stat().st_mtime_ns for name in left} == left
     shutil.rmtree(target)
