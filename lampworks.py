@@ -77,6 +77,7 @@ COMMANDS = {
         ("--reference", "--alias"),
     ),  # fmt: skip
     "serve": Command("[WORLD]: host it for players", "serving.config:ServeConfig", ":serve", ("--world",)),
+    "audit": Command("every session there is or was, as JSON lines", "serving.config:AuditConfig", ":audit"),
     "play": Command("a session in this terminal", "serving.config:PlayConfig", "serving.terminal:play", ("--url",)),
     "bench": Command(
         "synthetic players against a running server", "serving.config:BenchConfig", "serving.bench:bench", ("--url",)
@@ -93,7 +94,7 @@ COMMANDS = {
     "doctor": Command("check this machine, say the fix", "infra.config:DoctorConfig", ":doctor"),
 }
 
-OWN_OUTPUT = {"demo", "record", "promote", "serve", "play", "bench", "show", "doctor"}
+OWN_OUTPUT = {"demo", "record", "promote", "serve", "audit", "play", "bench", "show", "doctor"}
 """The other commands end with one line on stdout for scripts: the reference or path of what they made."""
 
 USAGE = """usage: lampworks COMMAND [--config FILE.toml] [--preset NAME] [options]
@@ -300,6 +301,15 @@ def promote(config: Any) -> None:
 
     aliases = Registry(config.tracking, Home(config.home)).promote(config.reference, config.alias)
     sys.stdout.write("".join(f"{alias:10} {reference}\n" for alias, reference in sorted(aliases.items())))
+
+
+def audit(config: Any) -> None:
+    """Prints what the journal knows of every session."""
+    from infra.config import Home
+    from serving.store import open_store
+
+    for session in open_store(config.store or str(Home(config.home).sessions_db)).audit():
+        sys.stdout.write(json.dumps(session) + "\n")
 
 
 def show(config: Any) -> None:

@@ -194,6 +194,16 @@ class BenchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """Every session there is or was, as JSON lines: owner, model, seed, prompt digest, actions, when."""
+
+    home: Path = Path("lampworks-home")
+    """Folder of the session journal."""
+    store: str | None = None
+    """Session journal, as of `lampworks serve`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlayConfig:
     """A session in this terminal."""
 

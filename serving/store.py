@@ -6,6 +6,7 @@ gateway of the machine write the same file; a process killed in the middle of a 
 """
 
 import hashlib
+import json
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from infra.config import UserError
 
@@ -26,6 +27,7 @@ create index if not exists sessions_owner on sessions(owner, created);
 create table if not exists frames(
     session text not null, step integer not null, action integer not null, context integer not null,
     tokens blob not null, jpeg blob not null, primary key(session, step)) without rowid;
+create table if not exists ended(id text primary key, about text not null);
 """
 _COLUMNS = "id, owner, model, seed, first, start, step, epoch, created, parent, parent_step, prompt"
 
@@ -117,6 +119,8 @@ class Store(Protocol):
     def fork(self, session_id: str, step: int, new_id: str, token: str, owner: str) -> Session | None: ...  # noqa: D102
 
     def delete(self, session_id: str) -> None: ...  # noqa: D102
+
+    def audit(self) -> Iterator[dict[str, Any]]: ...  # noqa: D102
 
     def usage(self, owner: str) -> Usage: ...  # noqa: D102
 
@@ -257,10 +261,23 @@ class SqliteStore:
         return _session(copied)
 
     def delete(self, session_id: str) -> None:
-        """Removes a session and its frames."""
+        """Removes a session and its frames; what the audit needs of it stays."""
         with self._writing() as db:
+            session = self.look(session_id)
+            if session is None:
+                return
+            about = json.dumps(audited(session, self.actions(session_id), time.time()))
+            db.execute("insert into ended values(?,?)", (session_id, about))
             db.execute("delete from frames where session=?", (session_id,))
             db.execute("delete from sessions where id=?", (session_id,))
+
+    def audit(self) -> Iterator[dict[str, Any]]:
+        """Every session there is or was (`audited`)."""
+        for found in self._db.execute(f"select {_COLUMNS} from sessions order by created").fetchall():
+            session = _session(found)
+            yield audited(session, self.actions(session.id), None)
+        for (about,) in self._db.execute("select about from ended order by rowid"):
+            yield json.loads(about)
 
     def usage(self, owner: str) -> Usage:
         """What an owner has stored, for the quotas."""
@@ -269,6 +286,12 @@ class SqliteStore:
             (time.time() - 60, owner),
         ).fetchone()
         return Usage(sessions=count, bytes=size, created_lately=lately)
+
+
+def audited(session: Session, actions: Sequence[int], ended: float | None) -> dict[str, Any]:
+    """What an audit keeps of a session: with the model, the seed and the prompt its actions determine every frame."""
+    kept = ("id", "owner", "model", "seed", "prompt", "created", "parent", "parent_step", "step")
+    return {**{name: getattr(session, name) for name in kept}, "actions": list(actions), "ended": ended}
 
 
 def token_hash(token: str) -> bytes:

@@ -17,7 +17,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
 from redis.retry import Retry
 
-from serving.store import Commit, Row, Session, Usage, token_hash
+from serving.store import Commit, Row, Session, Usage, audited, token_hash
 
 PATIENCE = 30
 """Tries before an error is raised: with pauses of up to half a second, about 14 s, in which a Redis restarts."""
@@ -26,6 +26,7 @@ PAGE = 256
 
 _HEAD = struct.Struct("<iII")
 _MUTABLE = ("step", "epoch")
+_ENDED = "lampworks:ended"
 
 _COMMIT = """
 local s = redis.call('HMGET', KEYS[1], 'epoch', 'step')
@@ -143,11 +144,24 @@ class RedisStore:
         return forked if done else None
 
     def delete(self, session_id: str) -> None:
-        """Removes a session and its frames."""
-        found = self._db.hgetall(_key(session_id))
-        if found:
-            self._db.zrem(_owner(_session(found).owner), _key(session_id))
-            self._db.delete(_key(session_id), _frames(session_id))
+        """Removes a session and its frames; what the audit needs of it stays."""
+        session = self.look(session_id)
+        if session is None:
+            return
+        about = json.dumps(audited(session, self.actions(session_id), time.time()))
+        with self._db.pipeline(transaction=True) as pipe:
+            pipe.hset(_ENDED, session_id, about)
+            pipe.zrem(_owner(session.owner), _key(session_id))
+            pipe.delete(_key(session_id), _frames(session_id))
+            pipe.execute()
+
+    def audit(self) -> Iterator[dict[str, Any]]:
+        """Every session there is or was (`serving.store.audited`)."""
+        for key in self._db.scan_iter(_key("*"), count=PAGE):
+            if (session := self.look(key.decode().rpartition(":")[2])) is not None:
+                yield audited(session, self.actions(session.id), None)
+        for _, about in self._db.hscan_iter(_ENDED):
+            yield json.loads(about)
 
     def usage(self, owner: str) -> Usage:
         """What an owner has stored, for the quotas."""

@@ -1,8 +1,10 @@
+import json
 import threading
 import time
 
 import pytest
 
+from lampworks import main
 from serving.store import Commit, Row, Session, open_store
 from tests.serving.conftest import running_redis, start_redis, stop
 
@@ -97,6 +99,21 @@ def test_a_fork_shares_the_past_and_not_the_future(store):
     assert store.fork("nobody", 0, "g", "t", "me") is None
 
 
+def test_the_audit_outlives_the_session(store):
+    store.commit("s", 0, row(1, action=4))
+    store.create(session("live", seed=8), "x", [row(0, -1)])
+    before = {a["id"]: a for a in store.audit()}
+    assert (before["s"]["actions"], before["s"]["ended"]) == ([-1, 4], None)
+    store.delete("s")
+    store.delete("s")
+    store.delete("nobody")
+    after = {a["id"]: a for a in store.audit()}
+    assert after["live"] == before["live"]
+    assert after["s"].pop("ended") == pytest.approx(time.time(), abs=60)
+    assert after["s"] == {k: v for k, v in before["s"].items() if k != "ended"}
+    assert "secret" not in json.dumps(list(after.values()))
+
+
 def test_usage_counts_sessions_bytes_and_fresh_ones(store):
     store.create(session("old", created=time.time() - 3600), "x", [row(0, -1)])
     store.commit("s", 0, row(1))
@@ -134,3 +151,9 @@ def test_a_killed_redis_loses_nothing_and_is_waited_for(tmp_path):
         assert [r.step for r in store.rows("s", 0, 99)] == list(range(31))
         store.close()
         stop(restarted[0])
+
+
+def test_the_audit_command_prints_a_line_a_session(address, store, capsys):
+    main(["audit", "--store", address])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line).items() >= {"id": "s", "owner": "me", "seed": 7, "prompt": "ab", "actions": [-1]}.items()
