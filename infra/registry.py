@@ -71,8 +71,7 @@ class Registry:
         name, _, wanted = reference.partition("@")
 
         def change() -> dict[str, str]:
-            held = self._aliases(name)
-            meant = held.get(wanted, f"{name}@v{wanted.removeprefix('v')}")
+            meant = self._aliases(name).get(wanted, f"{name}@v{wanted.removeprefix('v')}")
             if (self.home.artifacts / name / meant.partition("@")[2]).exists():
                 made = resolve(self.home, meant, kind="world")
                 experiment = self._client.get_experiment_by_name(self._experiment)
@@ -80,7 +79,7 @@ class Registry:
                 register(self._client, experiment.experiment_id if experiment else "0", None, *about)
             found = self._version(name, meant)
             self._client.set_registered_model_alias(name, alias, found.version)
-            if alias == CHAMPION and held.get(CANDIDATE) == found.tags[REFERENCE_TAG]:
+            if alias == CHAMPION and self._aliases(name).get(CANDIDATE) == found.tags[REFERENCE_TAG]:
                 self._client.delete_registered_model_alias(name, CANDIDATE)
             return self._aliases(name)
 

@@ -16,8 +16,10 @@ import time
 from contextlib import ExitStack, suppress
 
 import httpx
+import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 
 from infra.cluster import connect
@@ -33,6 +35,10 @@ from serving.worlds import Choice, Worlds
 log = logging.getLogger(__name__)
 
 APP = "lampworks"
+CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
+"""Name and namespace of Serve's controller."""
+STOP_S = 30.0
+"""How long Serve may take to end."""
 PROXY_S = 120.0
 """How long the doors may take to open after the application is ready."""
 
@@ -188,7 +194,20 @@ def _stop(config: ServeConfig) -> None:
     """Ends Serve where it is ours; on a cluster that others use too, only our applications go, and the proxies stay."""
     log.info("stopping | application %s", APP)
     if config.cluster.address == "local":
+        _end_controller()
         serve.shutdown()
         return
     for name in [APP, *(n for n in serve.status().applications if reference_of(n))]:
         serve.delete(name)
+
+
+def _end_controller() -> None:
+    """Has Serve's controller end everything and itself. `serve.shutdown` alone waits in a call that the controller's
+    end then fails, and Ray tells of that on the console."""
+    with suppress(ValueError, RayError):  # there is none, or it is gone
+        controller = ray.get_actor(*CONTROLLER)
+        ray.get(controller.graceful_shutdown.remote(False))
+        deadline = time.monotonic() + STOP_S
+        while time.monotonic() < deadline:
+            ray.get_actor(*CONTROLLER)
+            time.sleep(0.1)

@@ -1,6 +1,5 @@
 """The whole application on Ray Serve: two tiers, and what is left when a process of one is killed."""
 
-import logging
 import socket
 
 import httpx
@@ -11,14 +10,8 @@ from infra.config import UserError
 from serving.app import serve_world
 from serving.client import WorldClient
 from serving.config import ServeConfig
-from tests.serving.conftest import (
-    SAMPLER,
-    SIZE,
-    picture,
-    uninterrupted,
-)
-
-log = logging.getLogger(__name__)
+from tests.serving.conftest import SIZE, picture, uninterrupted
+from tests.serving.fabric import Fabric
 
 
 def test_a_world_is_served_and_plays_as_it_does_alone(served, world):
@@ -39,16 +32,47 @@ def test_the_edge_holds_behind_serves_proxy(served):
     assert httpx.get(f"{served.url}/v1/models", headers={"origin": "https://evil.example"}).status_code == 403
 
 
-def test_colocated_gateways_play_the_same_world(served_home, ray_cluster, world, tmp_path):
-    config = ServeConfig(
-        home=served_home.path, world="toy", port=0, store=str(tmp_path / "db"), colocated=True, slots=2, sampler=SAMPLER
-    )
-    acts, prompt = [3, 1, 4, 1, 0, 2, 2], picture(6, SIZE, SIZE)
-    with serve_world(config) as served:
-        with WorldClient(served.url) as client, client.create(prompt, seed=2) as player:
-            frames = [player.step(a) for a in acts]
-        assert httpx.get(f"{served.url}/readyz").json() == {"status": "ready", "models": ["toy@v1"]}
-    assert all(np.array_equal(a, b) for a, b in zip(frames, uninterrupted(world, prompt, 2, acts), strict=True))
+def plays(url, world, number):
+    """A session whose frames are those of the world alone, by every kind of door."""
+    acts, prompt = [3, 1, 4, 1, 0, 2, 2], picture(number, SIZE, SIZE)
+    with WorldClient(url) as client, client.create(prompt, seed=number) as player:
+        frames = [player.step(a) for a in acts]
+        assert player.history()["history"] == [-1, *acts]
+        assert "<title>Lampworks</title>" in httpx.get(url).text
+        assert httpx.get(f"{url}/readyz").json() == {"status": "ready", "models": ["toy@v1"]}
+    return all(np.array_equal(a, b) for a, b in zip(frames, uninterrupted(world, prompt, number, acts), strict=True))
+
+
+def test_colocated_gateways_play_the_same_world(served_home, world, tmp_path):
+    with Fabric(served_home, tmp_path, colocated=True, slots=2) as fabric:
+        assert plays(fabric.url, world, 6)
+        count = fabric.ask("count")
+        assert (count["gateway"], count["model"], count["fleet"]) == (1, 0, 0)
+
+
+def test_the_same_behind_haproxy(served_home, world, tmp_path):
+    """As a deployment on a cluster would: the variables are read when Serve's processes start."""
+    environ = {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(tmp_path / "haproxy" / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(tmp_path / "haproxy" / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(tmp_path / "haproxy"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(tmp_path / "haproxy" / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    }
+    with Fabric(served_home, tmp_path, environ=environ, gateways=2, slots=2) as fabric:
+        assert plays(fabric.url, world, 7)
+        assert "bind" in (tmp_path / "haproxy" / "haproxy.cfg").read_text()
+        assert httpx.post(f"{fabric.url}/v1/sessions", content=bytes(9 * 2**20)).status_code == 413
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_a_taken_port_and_a_missing_world_are_one_clear_sentence(served_home):
