@@ -87,6 +87,10 @@ class RulesConfig:
     """Shorter videos (by their sidecar) are rejected."""
     max_duration_s: float = 12 * 3600.0
     """Longer videos (by their sidecar) are rejected."""
+    min_side_px: int = 120
+    """Videos with a shorter side below this (by their sidecar) are rejected."""
+    max_side_px: int = 4320
+    """Videos with a shorter side above this are rejected: decoding 1080p costs seven times as much as 360p."""
     blocked_uploaders: tuple[str, ...] = ()
     """Uploaders whose videos are never taken."""
 

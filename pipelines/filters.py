@@ -35,11 +35,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a sidecar says; `problem` is set where there is none, or a broken one."""
+    """What a sidecar says; `side_px` is the shorter side, `problem` is set where there is none, or a broken one."""
 
     title: str = ""
     description: str = ""
     duration_s: float | None = None
+    side_px: float | None = None
     uploader: str = ""
     webpage_url: str = ""
     problem: str = ""
@@ -68,7 +69,7 @@ class Rules:
         if video.problem:
             verdict = Verdict("no_sidecar", video.problem) if self.config.require_sidecar else None
             return [("sidecar", verdict)]
-        return [("sidecar", None), ("uploader", self._uploader(video)), *self._words(video), *self._durations(video)]
+        return [("sidecar", None), ("uploader", self._uploader(video)), *self._words(video), *self._bounds(video)]
 
     def _uploader(self, video: Metadata) -> Verdict | None:
         if video.uploader in self.config.blocked_uploaders:
@@ -88,14 +89,25 @@ class Rules:
             ("negating", Verdict("negating_word", bad.group(0)) if bad else None),
         ]
 
-    def _durations(self, video: Metadata) -> list[tuple[str, Verdict | None]]:
-        seconds = video.duration_s
-        short = seconds is not None and seconds < self.config.min_duration_s
-        long = seconds is not None and seconds > self.config.max_duration_s
+    def _bounds(self, video: Metadata) -> list[tuple[str, Verdict | None]]:
+        """What a sidecar does not say refuses nothing."""
+        config, seconds, side = self.config, video.duration_s, video.side_px
         return [
-            ("min_duration", Verdict("too_short", f"{seconds} s") if short else None),
-            ("max_duration", Verdict("too_long", f"{seconds} s") if long else None),
+            (
+                "min_duration",
+                _outside("too_short", seconds, "s", seconds is not None and seconds < config.min_duration_s),
+            ),
+            (
+                "max_duration",
+                _outside("too_long", seconds, "s", seconds is not None and seconds > config.max_duration_s),
+            ),
+            ("min_side", _outside("too_small", side, "px", side is not None and side < config.min_side_px)),
+            ("max_side", _outside("too_large", side, "px", side is not None and side > config.max_side_px)),
         ]
+
+
+def _outside(reason: str, value: float | None, unit: str, refused: bool) -> Verdict | None:
+    return Verdict(reason, f"{value} {unit}") if refused else None
 
 
 def _word_lists(path: Path) -> dict[str, list[str]]:

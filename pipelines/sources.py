@@ -245,6 +245,9 @@ def _metadata(info: dict[str, Any], where: str) -> Metadata:
         title=title,
         description=_text(info, "description"),
         duration_s=seconds if seconds is not None and 0 <= seconds < 1e9 else None,
+        side_px=min(sides)
+        if len(sides := [s for k in ("width", "height") if (s := _number(info.get(k)))]) == 2
+        else None,
         uploader=_text(info, "uploader"),
         webpage_url=_text(info, "webpage_url"),
     )

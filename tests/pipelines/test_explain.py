@@ -4,7 +4,7 @@ import pytest
 
 from infra.config import UserError
 from pipelines.curate import command, curate
-from tests.pipelines.footage import corpus, settings
+from tests.pipelines.footage import corpus, film, scroll, settings
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +37,12 @@ def test_explain_shows_which_rule_decided_and_what_was_seen(config, ray_cluster)
     assert "    2.0 s static" in said
     with pytest.raises(UserError, match="no video 'x' among 11"):
         command(dataclasses.replace(config, explain="x"))
+
+
+def test_a_size_out_of_bounds_is_a_rule_of_its_own(tmp_path):
+    for name, sides in (("small", {"width": 80, "height": "60"}), ("unknown", {"width": 80}), ("odd", {"width": "?"})):
+        film(tmp_path / "raw", name, scroll(30), **sides)
+    config = settings(tmp_path / "home", tmp_path / "raw")
+    said = {name: command(dataclasses.replace(config, explain=name)) for name in ("small", "unknown", "odd")}
+    assert "rule min_side      REFUSED too_small: 60.0 px" in said["small"]
+    assert "REFUSED" not in said["unknown"] + said["odd"]

@@ -23,6 +23,13 @@ def rules():
         ("Best plataformas gameplay completo", ""),
         ("\u30a2\u30af\u30b7\u30e7\u30f3\u30b2\u30fc\u30e0\u5b9f\u6cc1", ""),  # no spaces between the words
         ("Let\u2019s Play a metroidvania", ""),
+        ("Jogo de plataforma, jogo completo", ""),
+        ("\ud50c\ub7ab\ud3ec\uba38 \uc2a4\ud53c\ub4dc\ub7f0", ""),
+        ("Superheld, ein Plattformer, durchgespielt", ""),
+        (
+            ("платформер обзор прохождение", "negating_word"),
+            "negating_word",
+        ),
         ("Racing game speedrun", "title"),
         ("platformers", "no_action_word"),
         ("Platformerish speedrun", "title"),
@@ -47,6 +54,9 @@ def test_action_words_may_stand_in_the_description_but_platformers_must_be_in_th
         (Metadata(problem="there is none"), RulesConfig(require_sidecar=False), ""),
         (Metadata(title="platformer speedrun", duration_s=3), RulesConfig(), "too_short"),
         (Metadata(title="platformer speedrun", duration_s=1e6), RulesConfig(), "too_long"),
+        (Metadata(title="platformer speedrun", side_px=96), RulesConfig(), "too_small"),
+        (Metadata(title="platformer speedrun", side_px=96), RulesConfig(min_side_px=90), ""),
+        (Metadata(title="platformer speedrun", side_px=1080), RulesConfig(max_side_px=720), "too_large"),
         (
             Metadata(title="platformer speedrun", uploader="x"),
             RulesConfig(blocked_uploaders=("x",)),
