@@ -26,10 +26,7 @@ def rules():
         ("Jogo de plataforma, jogo completo", ""),
         ("\ud50c\ub7ab\ud3ec\uba38 \uc2a4\ud53c\ub4dc\ub7f0", ""),
         ("Superheld, ein Plattformer, durchgespielt", ""),
-        (
-            ("платформер обзор прохождение", "negating_word"),
-            "negating_word",
-        ),
+        ("платформер обзор прохождение", "negating_word"),
         ("Racing game speedrun", "title"),
         ("platformers", "no_action_word"),
         ("Platformerish speedrun", "title"),
