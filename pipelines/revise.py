@@ -52,9 +52,12 @@ def judge_again(writer: Writer, filters: FilterConfig) -> dict[str, list[str]]:
 
 
 def _mark(folder: Path) -> dict[str, Any]:
-    """By which thresholds and classifier the ledger stands judged, and at which version."""
+    """By which thresholds and classifier the ledger stands judged, and at which version; a torn mark is none."""
     mark = folder / JUDGED
-    return json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else {}
+    try:
+        return json.loads(mark.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
 
 
 def judged_by(folder: Path) -> FilterConfig:
