@@ -38,7 +38,7 @@ Model = Tokenizer | LatentActionModel | Dynamics | QualityNet
 
 
 def build_model(kind: str, config: Any) -> Model:
-    """A fresh model of kind tokenizer, actions, dynamics or quality; `config` is its dataclass or `config_to_dict` of it.
+    """A fresh tokenizer, actions, dynamics or quality; `config` is its dataclass or `config_to_dict` of it.
 
     Raises:
         ModelError: the kind is unknown, or the config is of another kind or refused.

@@ -21,7 +21,7 @@ from pipelines.curate import curate
 from pipelines.label import LABELS, Ballot
 from pipelines.quality import GOOD, Labelled, Thumbs, curve, labelled, score, thumbnails
 from pipelines.shards import open_dataset
-from pipelines.train import train
+from pipelines.train import command, train
 from pipelines.train_config import FeedConfig, OptimizerConfig, TrainConfig
 from tests.pipelines.footage import arcade, drama, film, scroll, settings
 
@@ -96,6 +96,17 @@ def test_the_same_training_is_found_and_other_labels_are_another(rated, classifi
     other = train(training(rated.home, steps=2))
     assert other.version == "v2"
     Ballot(dataset).rate(one, GOOD)
+
+
+@pytest.mark.slow
+def test_ray_train_learns_the_same_in_two_workers(rated, classifier):
+    made = train(training(rated.home, name="spread", workers=2, micro_batch=6))
+    assert made.metrics["roc_auc"] > 0.95
+
+
+def test_a_dry_run_reckons_with_the_network():
+    said = command(TrainConfig(stage="quality", dry_run=True))
+    assert "11.18 M parameters" in said
 
 
 def test_held_out_videos_are_on_one_side_only(rated):
