@@ -27,6 +27,7 @@ from infra.config import Home, UserError
 from serving.config import ServeConfig
 from serving.fleet import AWAY, LOOK_S, Catalogue, Fleet, FleetWorlds, targets
 from serving.gateway import Gateway
+from serving.painter import Painter, RemotePainter
 from serving.remote import Handle
 from serving.replica import LIFE, QUIET, load_engine, reference_of
 from serving.store import open_store
@@ -46,14 +47,14 @@ PROXY_S = 120.0
 class GatewayReplica:
     """The doors as a deployment; with models in it when it is colocated."""
 
-    async def __init__(self, config: ServeConfig, fleet: Handle | None) -> None:
+    async def __init__(self, config: ServeConfig, fleet: Handle | None, painter: Handle | None = None) -> None:
         store = open_store(config.store or str(Home(config.home).sessions_db))
         if fleet is None:
             self._worlds = await asyncio.to_thread(_loaded, config)
         else:
             self._worlds = FleetWorlds(config, fleet, serve.get_replica_context().replica_id.unique_id)
             await self._worlds.refresh({})
-        self._gateway = Gateway(config, self._worlds, store)
+        self._gateway = Gateway(config, self._worlds, store, RemotePainter(painter) if painter else None)
         self._watch = asyncio.create_task(self._keep_up())
 
     async def _keep_up(self) -> None:
@@ -149,7 +150,18 @@ def application(config: ServeConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0.25, "num_gpus": int(config.colocated and config.device == "cuda")},
         **LIFE,
     )(serve.ingress()(GatewayReplica))
-    return gateway.bind(config, None if config.colocated else fleet(Fleet).bind(config))
+    painter = serve.deployment(
+        name="painter",
+        max_ongoing_requests=2,  # one is painted, one waits
+        max_queued_requests=16,
+        ray_actor_options={"num_cpus": 0.5, "num_gpus": int(config.device == "cuda")},
+        **LIFE,
+    )
+    return gateway.bind(
+        config,
+        None if config.colocated else fleet(Fleet).bind(config),
+        painter(Painter).bind(config) if config.text else None,
+    )
 
 
 def _loaded(config: ServeConfig) -> Worlds:
