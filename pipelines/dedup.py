@@ -44,6 +44,7 @@ PAIR_SCHEMA = pa.schema(
 )
 """Clips a < b; frame t of a is frame t + offset of b; clips have `frames` frames; agreement is -1 to 1."""
 BANDS, BAND_BITS = 3, 21
+WITHIN_FILE = (1 << 40) - 1
 MOST_IN_BAND = 64
 """A band that more clips share says nothing (a black screen, a menu); copies share rarer ones too."""
 LEAST_BANDS = 2
@@ -271,14 +272,14 @@ def _compared(jobs: list[dict[str, Any]], cluster: ClusterConfig) -> list[dict[s
 
 def compare(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Ray Data's map over pairs of clips: rows of `PAIR_SCHEMA`. Pairs with unlike hashes are not decoded."""
-    clip, motion = lru_cache(128)(_read), lru_cache(64)(_motion)
+    hashes, motion = lru_cache(32)(_hashes), lru_cache(64)(_motion)
     out: dict[str, list[Any]] = defaultdict(list)
     for n in range(len(batch["a"])):
-        a, b = ((str(batch[f"path_{x}"][n]), int(batch[f"place_{x}"][n])) for x in "ab")
+        a, b = ((str(batch[f"path_{x}"][n]), int(batch[f"place_{x}"][n]) & WITHIN_FILE) for x in "ab")
         mirrored = bool(batch["mirrored"][n])
-        hashes = clip(*b)[0] ^ (MIRRORED if mirrored else 0)
-        frames, offset, agreement = clip(*a)[2], 0, -1.0
-        if alike(clip(*a)[0], hashes):
+        (of_a, frames), (of_b, _) = (hashes(path)[place] for path, place in (a, b))
+        offset, agreement = 0, -1.0
+        if alike(of_a, of_b ^ (MIRRORED if mirrored else 0)):
             offset, agreement = match(motion(*a), motion(*b)[..., ::-1] if mirrored else motion(*b))
         row = (batch["a"][n], batch["b"][n], mirrored, offset, frames, agreement)
         for name, value in zip(PAIR_SCHEMA.names, row, strict=True):
@@ -286,23 +287,24 @@ def compare(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in out.items()}
 
 
-def _read(path: str, place: int) -> tuple[np.ndarray, bytes, int]:
-    """A clip's hashes, bytes and number of frames."""
-    group, row = place >> 16 & 0xFFFFFF, place & 0xFFFF
-    table = parquet(buckets.place(path)).read_row_group(group, columns=["phash", "video", "n_frames"])
-    found = table.slice(row, 1).to_pylist()[0]
-    return np.array(found["phash"], np.int64), found["video"], found["n_frames"]
+def _hashes(path: str) -> dict[int, tuple[np.ndarray, int]]:
+    """By place within the file, the hashes and number of frames of its clips."""
+    rows = placed(buckets.place(path), ["phash", "n_frames"]).to_pylist()
+    return {
+        _place(0, row["row_group"], row["row"]): (np.array(row["phash"] or [], np.int64), row["n_frames"])
+        for row in rows
+    }
 
 
 def _motion(path: str, place: int) -> np.ndarray:
-    return motion_of(decode_clip(_read(path, place)[1]))
+    group = parquet(buckets.place(path)).read_row_group(place >> 16, columns=["video"])
+    return motion_of(decode_clip(group["video"][place & 0xFFFF].as_py()))
 
 
 def alike(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether enough pictures of two clips are near, at any one offset in time; hashes (n,) and (m,)."""
-    near = np.bitwise_count(a[:, None] ^ b) <= NEAR_BITS
-    most = max(np.trace(near, offset) for offset in range(-len(a) + 1, len(b)))
-    return bool(most >= min(LEAST_NEAR, len(a), len(b)))
+    i, j = np.nonzero(np.bitwise_count(a[:, None] ^ b) <= NEAR_BITS)
+    return bool(len(i)) and bool(np.bincount(j - i + len(a)).max() >= min(LEAST_NEAR, len(a), len(b)))
 
 
 def motion_of(frames: np.ndarray) -> np.ndarray:

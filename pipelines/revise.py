@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from infra.config import Home, from_dict, to_dict
 from pipelines.config import CurateConfig, FilterConfig, ForgetConfig
@@ -19,7 +18,7 @@ from pipelines.dedup import copied, find_copies, mark_same_frames, read_pairs
 from pipelines.filters import judge
 from pipelines.manifest import PLAN_SCHEMA, Plan, planned
 from pipelines.shards import CLIP_SCHEMA, KEPT, VIDEO_SCHEMA, Writer, open_dataset, open_ledger
-from pipelines.tables import DatasetError, delta_table, open_table, rewrite, table_files, write_shard
+from pipelines.tables import DatasetError, delta_table, open_table, parquet, rewrite, table_files, write_shard
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +194,7 @@ def forget(config: ForgetConfig) -> str:
 
 def _videos_with(root: Path, key: str, value: str | None) -> set[str]:
     """Videos that any file answers for, those of older versions too: a killed request finds its footage again."""
-    files = (pq.read_table(p, columns=["video_id", key]).to_pylist() for p in root.glob("[!.]*.parquet"))
+    files = (parquet(p).read(columns=["video_id", key]).to_pylist() for p in root.glob("[!.]*.parquet"))
     return {
         row["video_id"] for file in files for row in file if value in (row[key], (row[key] or "").partition("#")[0])
     }
@@ -226,7 +225,7 @@ def _tombstone() -> dict[str, Any]:
 
 
 def _clips_of(root: Path, gone: set[str]) -> set[str]:
-    rows = (pq.read_table(p, columns=["clip_id", "video_id"]).to_pylist() for p in root.glob("[!.]*.parquet"))
+    rows = (parquet(p).read(columns=["clip_id", "video_id"]).to_pylist() for p in root.glob("[!.]*.parquet"))
     return {row["clip_id"] for file in rows for row in file if row["video_id"] in gone}
 
 
@@ -236,7 +235,7 @@ def _purge(root: Path, concerns: Callable[[dict[str, Any]], bool]) -> None:
     if table is None:
         return
     files = table_files(table, root)
-    schema = pq.read_schema(files[0]) if files else CLIP_SCHEMA
+    schema = parquet(files[0]).schema_arrow if files else CLIP_SCHEMA
     rewrite(root, table, schema, lambda row: None if concerns(row) else row, {"message": "forgotten"})
     _delete_unreferenced(root, concerns)
 
@@ -244,14 +243,14 @@ def _purge(root: Path, concerns: Callable[[dict[str, Any]], bool]) -> None:
 def _delete_unreferenced(root: Path, concerns: Callable[[dict[str, Any]], bool]) -> None:
     live = set(table_files(open_table(root), root))
     for path in sorted(root.glob("[!.]*.parquet")):
-        key = [c for c in ("clip_id", "video_id") if c in pq.read_schema(path).names]
-        if path not in live and any(map(concerns, pq.read_table(path, columns=key).to_pylist())):
+        key = [c for c in ("clip_id", "video_id") if c in parquet(path).schema_arrow.names]
+        if path not in live and any(map(concerns, parquet(path).read(columns=key).to_pylist())):
             path.unlink()
 
 
 def _scrub_plans(folder: Path, gone: set[str]) -> None:
     """Titles and names leave the manifests too; paths stay, so that nothing is planned again."""
     for path in sorted(folder.glob("*.parquet")):
-        rows = pq.read_table(path).to_pylist()
+        rows = parquet(path).read().to_pylist()
         texts = dict.fromkeys(("title", "uploader", "webpage_url", "detail"))
         write_shard(path, [{**r, **texts} if r["video_id"] in gone else r for r in rows], PLAN_SCHEMA)

@@ -1,15 +1,17 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 
 from infra.config import UserError
+from pipelines.buckets import place
 from pipelines.config import FilterConfig, ForgetConfig
 from pipelines.curate import curate
 from pipelines.quality import SCORE_SCHEMA
 from pipelines.revise import forget
 from pipelines.shards import CLIP_SCHEMA, VIDEO_SCHEMA, Writer, open_dataset
-from pipelines.tables import append, write_shard
+from pipelines.tables import append, parquet, write_shard
 from pipelines.tokenize import TOKEN_SCHEMA, TokenTable
 from tests.pipelines.clips import write_dataset
 from tests.pipelines.footage import film, scroll, settings
@@ -143,6 +145,16 @@ def test_tokens_and_scores_of_forgotten_clips_are_gone_too(home):
     dataset = open_dataset(home, "toys")
     assert TokenTable.open(dataset, "t@v1").read("u0c002").tolist() == [[25185, 25699]]
     assert set(dataset.clip_table(["clip_id"])["clip_id"].to_pylist()) == left
+
+
+def test_footage_in_a_bucket_is_forgotten_too(tmp_path, bucket):
+    folder = place("".join(bucket)) / "toys"
+    write_dataset(SimpleNamespace(datasets=folder.parent), clips=3)
+    forget(ForgetConfig(home=tmp_path, name=str(folder), video="u0v1"))
+    rows = open_dataset(tmp_path, str(folder)).clip_table(["clip_id"])["clip_id"].to_pylist()
+    assert rows == ["u0c000", "u0c002"]
+    for path in (folder / "clips").glob("*.parquet"):
+        assert "u0c001" not in parquet(path).read(columns=["clip_id"])["clip_id"].to_pylist()
 
 
 def test_every_part_of_a_long_video_is_forgotten(home):
