@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
+from deltalake.exceptions import CommitFailedError, DeltaError
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayTaskError
 
 from infra.artifact import resolve
 from infra.cluster import connect
@@ -34,6 +34,7 @@ from pipelines.curation_report import report
 from pipelines.explain import estimate, explain
 from pipelines.fetch import FetchError, fetched
 from pipelines.manifest import Plan, open_plan, plan_again
+from pipelines.meter import STAGES, Meter, facts
 from pipelines.revise import judge_again, settle
 from pipelines.shards import (
     CLIP_SCHEMA,
@@ -47,7 +48,7 @@ from pipelines.shards import (
     open_ledger,
 )
 from pipelines.sources import source_of
-from pipelines.tables import delta_table, write_shard
+from pipelines.tables import delta_table, sweep, write_shard
 from pipelines.unit import Child, dead_letter
 
 log = logging.getLogger(__name__)
@@ -90,8 +91,10 @@ def curate(config: CurateConfig) -> CurateResult:
     folder = dataset_folder(home, config.name, config.target)
     if config.quality:
         config = replace(config, quality=resolve(home, config.quality, kind="quality").reference)
-    with _locked(home, folder):
+    with _locked(home, folder), _plainly(folder):
         writer = Writer(folder, digest(_bearing(config)))
+        for table in ("clips", "videos"):
+            sweep(folder / table)
         check_schema(folder, delta_table(folder / "videos"))
         plan = open_plan(folder, source_of(config), config, writer.config_digest)
         _recover(writer, plan)
@@ -144,6 +147,26 @@ def _locked(home: Home, folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _plainly(folder: Path) -> Iterator[None]:
+    """A disk that is full, a place that can't be written or reached, a rival: one sentence. Nothing committed is lost.
+
+    Raises:
+        UserError: instead of them.
+    """
+    try:
+        yield
+    except (OSError, DeltaError) as error:
+        raise UserError(_stopped(folder, error)) from error
+
+
+def _stopped(folder: Path, error: BaseException) -> str:
+    if isinstance(error, CommitFailedError):
+        return f"another run committed to {folder} meanwhile ({error}): run again when it has ended"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"stopped at {folder}: {lines[-1].strip()[:300]}; mend that and run again: it continues"
+
+
 def _to_retry(folder: Path, reasons: tuple[str, ...]) -> dict[str, str]:
     """Dead letters to take once more: video id -> the unit that gave it up."""
     if not reasons or delta_table(folder / "videos") is None:
@@ -191,29 +214,25 @@ def _work(config: CurateConfig, writer: Writer, plan: Plan, pending: list[str]) 
     units = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         UnitWorker, fn_constructor_kwargs=settings, batch_size=1, compute=pool, num_cpus=1
     )
-    progress = Progress(plan, pending)
     waiting: list[Unit] = []
     committed = time.monotonic()
-    try:
-        for row in units.iter_rows():
-            unit = _unit(writer.folder, row["unit_id"])
-            if unit is None:
-                raise RuntimeError(f"unit {row['unit_id']} reported done but left no file")
-            waiting.append(unit)
-            progress.add(row)
-            if time.monotonic() - committed > COMMIT_EVERY_S:
+    with Meter(plan, pending, config.unit_s) as meter:
+        try:
+            for row in units.iter_rows():
+                if row["stopped"]:
+                    raise OSError(row["stopped"])
+                unit = _unit(writer.folder, row["unit_id"])
+                if unit is None:
+                    raise RuntimeError(f"unit {row['unit_id']} reported done but left no file")
+                waiting.append(unit)
+                meter.add(row["facts"])
+                if time.monotonic() - committed > COMMIT_EVERY_S:
+                    writer.commit(waiting, "units", plan.again)
+                    waiting.clear()
+                    committed = time.monotonic()
+        finally:
+            if waiting:
                 writer.commit(waiting, "units", plan.again)
-                waiting.clear()
-                committed = time.monotonic()
-    except RayTaskError as error:
-        if isinstance(error.cause, OSError):
-            raise UserError(
-                f"cannot write to {writer.folder} ({error.cause}): free space there and run again"
-            ) from error
-        raise
-    finally:
-        if waiting:
-            writer.commit(waiting, "units", plan.again)
 
 
 class UnitWorker:
@@ -223,20 +242,29 @@ class UnitWorker:
         self.config, self.folder, self.digest = config, place(folder), digest
         self.fetch = from_dict(FetchConfig, config["fetch"])
         self.child = Child(config, digest)
+        self.stage_s, self.retries = dict.fromkeys(STAGES, 0.0), 0
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """One unit: {"unit_id", "jobs"} in, {"unit_id", "videos", "clips", "windows", "seconds"} out."""
-        unit_id = str(batch["unit_id"][0])
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        """One unit: {"unit_id", "jobs"} in, {"unit_id", "facts", "stopped"} out; the last says why, if it did."""
+        unit_id, facts, stopped = str(batch["unit_id"][0]), "", ""
+        try:
+            facts = self._unit(unit_id, json.loads(batch["jobs"][0]))
+        except OSError as error:  # of this machine or the target, not of a video
+            stopped = str(error)
+        return {"unit_id": [unit_id], "facts": [facts], "stopped": [stopped]}
+
+    def _unit(self, unit_id: str, jobs: list[dict[str, Any]]) -> str:
+        """Writes a unit's files; returns its `facts`."""
+        began = time.monotonic()
+        self.stage_s, self.retries = dict.fromkeys(STAGES, 0.0), 0
         videos: list[dict[str, Any]] = []
-        clips = self._clips(unit_id, json.loads(batch["jobs"][0]), videos)
+        clips = self._clips(unit_id, jobs, videos)
         first = next(clips, None)  # a unit without clips has no file of them
         if first is not None:
             write_shard(self.folder / "clips" / f"{unit_id}.parquet", itertools.chain([first], clips), CLIP_SCHEMA)
         write_shard(self.folder / "videos" / f"{unit_id}.parquet", videos, VIDEO_SCHEMA)
-        windows = sum(len(v["windows"] or ()) for v in videos)
-        seconds = sum(v["duration_s"] or 0.0 for v in videos)
-        facts = {"videos": len(videos), "clips": sum(v["clips"] for v in videos), "windows": windows}
-        return {"unit_id": [unit_id], **{k: [v] for k, v in facts.items()}, "seconds": [seconds]}
+        self.stage_s["write"] = time.monotonic() - began - sum(self.stage_s.values())
+        return facts(videos, self.stage_s, self.retries)
 
     def _clips(
         self, unit_id: str, jobs: list[dict[str, Any]], videos: list[dict[str, Any]]
@@ -258,38 +286,21 @@ class UnitWorker:
         decoded_s = (job["ledger"]["duration_s"] or 0.0) + before_s
         limit_s = self.config["timeout_s"] + self.config["timeout_factor"] * decoded_s
         if job["verdict"]:
-            return self.child.run(job, limit_s)
+            return self._decoded(job, limit_s)
         try:
             with fetched(job["path"], job["ledger"]["size_bytes"], self.fetch) as got:
-                return self.child.run({**job, "path": str(got.path)}, limit_s)
+                self.stage_s["fetch"] += got.seconds
+                self.retries += got.retries
+                return self._decoded({**job, "path": str(got.path)}, limit_s)
         except FetchError as error:
+            self.retries += error.retries
             return dead_letter("fetch", error.reason, error.detail)
 
-
-# -- progress ----------------------------------------------------------------------------------------------------
-
-
-class Progress:
-    """One line whenever units finish: how much, how fast, how long yet."""
-
-    def __init__(self, plan: Plan, pending: list[str]) -> None:
-        jobs = [job for unit in pending for job in plan.jobs(unit)]
-        self.videos = len(jobs)
-        self.seconds = sum(job["ledger"]["duration_s"] or 0.0 for job in jobs if not job["verdict"])
-        self.began = time.monotonic()
-        self.done: Counter[str] = Counter()
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Counts a finished unit and logs the line."""
-        self.done.update({k: row[k] for k in ("videos", "clips", "windows", "seconds")})
-        spent_s = time.monotonic() - self.began
-        rate = self.done["seconds"] / spent_s
-        left_s = max(0.0, self.seconds - self.done["seconds"]) / rate if rate else float("nan")
-        log.info(
-            "curate | %d/%d videos | %.2f h | %d clips | kept %.0f%% | %.0fx real time | %.0f s left",
-            *(self.done["videos"], self.videos, self.done["seconds"] / 3600, self.done["clips"]),
-            *(100 * self.done["clips"] / max(1, self.done["windows"]), rate, left_s),
-        )
+    def _decoded(self, job: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        began = time.monotonic()
+        result = self.child.run(job, limit_s)
+        self.stage_s["decode"] += time.monotonic() - began
+        return result
 
 
 def _summary(home: Home, folder: Path) -> CurateResult:

@@ -45,11 +45,11 @@ WEB_PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 
 class FetchError(Exception):
-    """A file that can't be had: the ledger's reason and detail, and whether the same may go well later."""
+    """A file that can't be had: the ledger's reason and detail, whether it may go well later, tries after the first."""
 
-    def __init__(self, reason: str, detail: str, passing: bool = False) -> None:
+    def __init__(self, reason: str, detail: str, passing: bool = False, retries: int = 0) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail, self.passing = reason, detail, passing
+        self.reason, self.detail, self.passing, self.retries = reason, detail, passing, retries
 
 
 @dataclass
@@ -103,7 +103,7 @@ def retried(action: Callable[[], T], policy: FetchConfig, counted: Callable[[], 
             failed = fault(error)
             if not failed.passing or attempt == policy.retries:
                 tries = f" ({attempt + 1} tries)" if attempt else ""
-                raise FetchError(failed.reason, failed.detail + tries, failed.passing) from error
+                raise FetchError(failed.reason, failed.detail + tries, failed.passing, attempt) from error
         counted()
         time.sleep(random.uniform(0.5, 1.0) * min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt))
     raise AssertionError("unreachable: the last try returns or raises")

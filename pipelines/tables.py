@@ -32,6 +32,8 @@ from pipelines.buckets import BucketPath, delta_location
 
 ROW_GROUP = 8
 CHECKPOINT_EVERY = 20
+DRAFT = ".part"
+STALE_S = 3600.0
 Change = Callable[[dict[str, Any]], dict[str, Any] | None]
 """The new row of an old one; None drops it."""
 _UNCOMPRESSED = {"video", "preview", "windows.list.element.preview"}
@@ -53,17 +55,31 @@ def write_shard(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, r
             path.upload(draft)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{DRAFT}")
+    try:
+        _write_draft(draft, rows, schema, row_group or (ROW_GROUP if "video" in schema.names else 4096))
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _write_draft(draft: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, row_group: int) -> None:
     compression = {name: "none" if name in _UNCOMPRESSED else "zstd" for name in _leaves(schema)}
-    left, size = iter(rows), row_group or (ROW_GROUP if "video" in schema.names else 4096)
+    left = iter(rows)
     with pq.ParquetWriter(
         draft, schema, use_dictionary=False, compression=compression, data_page_size=1 << 16
     ) as writer:
-        while group := list(itertools.islice(left, size)):
+        while group := list(itertools.islice(left, row_group)):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
     with draft.open("rb") as file:
         os.fsync(file.fileno())
-    draft.replace(path)
+
+
+def sweep(folder: Path) -> None:
+    """Deletes what killed writers left half written, an hour ago and longer; object stores keep no such thing."""
+    for path in folder.glob(f".*{DRAFT}"):
+        if path.stat().st_mtime < time.time() - STALE_S:
+            path.unlink(missing_ok=True)
 
 
 def _leaves(schema: pa.Schema) -> Iterable[str]:

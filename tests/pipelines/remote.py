@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import os
 import socket
 import subprocess
 import sys
@@ -9,17 +10,20 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from pipelines.buckets import place
 
 
 @contextlib.contextmanager
-def s3_server():
+def s3_server(**environment):
     """An S3 endpoint in a process of its own; yields host:port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, **environment})  # fmt: skip
     try:
         for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
@@ -36,6 +40,23 @@ def make_bucket(endpoint, name):
 
     boto3.client("s3", endpoint_url=f"http://{endpoint}", region_name="us-east-1").create_bucket(Bucket=name)
     return f"s3://{name}", f"?endpoint_override={endpoint}&scheme=http&region=us-east-1"
+
+
+def on_small_disk(folder, script, size="64k"):
+    """Runs a Python script in which `folder` is a file system of its own, of a few kilobytes.
+
+    `remount(size)` in the script makes it another size.
+    """
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    remount = f"""
+import subprocess
+def remount(size):
+    subprocess.run(["mount", "-o", f"remount,size={{size}}", {str(folder)!r}], check=True)
+"""
+    command = f'mount -t tmpfs -o size={size} none {folder} && exec "$0" -c "$1"'
+    words = ["unshare", "-Urm", "sh", "-c", command, sys.executable, remount + script]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300)
 
 
 def upload(folder: Path, uri: str, options: str):

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import deltalake
 import pytest
-from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.exceptions import DeltaError
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from infra.config import Home
+from infra.config import Home, UserError
 from pipelines import tables
-from pipelines.curate import _recover
+from pipelines.curate import _plainly, _recover
 from pipelines.manifest import Plan
 from pipelines.shards import Writer, open_dataset
 from pipelines.tables import delta_table
@@ -116,7 +116,8 @@ def test_a_rival_who_was_first_is_not_repeated(tmp_path):
     """Delta itself refuses the second commit of a unit, whoever thinks to be alone."""
     folder, plan = tmp_path / "datasets" / "d", plan_of([1, 2])
     work(folder, Plan(plan.rows[:1]), 1)
-    with pytest.raises(CommitFailedError, match="[Cc]oncurrent"), dying(4, "rival", lambda: work(folder, plan, 9)):
+    rival = dying(4, "rival", lambda: work(folder, plan, 9))
+    with pytest.raises(UserError, match="another run committed to .*[Cc]oncurrent"), _plainly(folder), rival:
         work(folder, plan, 1)
     before = state(folder)
     work(folder, plan, 1)

@@ -1,13 +1,12 @@
 import errno
 import os
-import subprocess
 import time
 
 import pytest
 
 from pipelines.config import FetchConfig
 from pipelines.fetch import FetchError, fetched, read_small, retried
-from tests.pipelines.remote import Web
+from tests.pipelines.remote import Web, on_small_disk
 
 DATA = os.urandom(300_000)
 
@@ -134,18 +133,6 @@ except OSError as error:
     assert done.stdout.startswith(f"{errno.ENOSPC} "), done.stdout + done.stderr
     assert "No space left" in done.stdout
     assert len(web.asked) == 1
-
-
-def on_small_disk(folder, script, size="64k"):
-    import shutil
-    import sys
-
-    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode or not shutil.which("mount"):
-        pytest.skip("no mount namespaces here")
-    command = f'mount -t tmpfs -o size={size} none {folder} && exec "$0" -c "$1"'
-    return subprocess.run(
-        ["unshare", "-Urm", "sh", "-c", command, sys.executable, script], capture_output=True, text=True, timeout=300
-    )
 
 
 def test_what_killed_workers_left_is_cleared(web, tmp_path):

@@ -1,3 +1,6 @@
+import os
+import time
+
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 
 from infra.config import Home
 from pipelines.shards import CLIP_SCHEMA, VIDEO_SCHEMA, DatasetError, Unit, Writer, open_dataset, versions
-from pipelines.tables import delta_table, rewrite, write_shard
+from pipelines.tables import DRAFT, delta_table, rewrite, sweep, write_shard
 
 
 def unit(folder, number, clips=3, outcome="kept", dropped=(), video=None):
@@ -121,7 +124,17 @@ def test_rows_can_be_dropped(folder, dataset):
 def test_a_shard_appears_whole(folder):
     with pytest.raises((pa.ArrowInvalid, pa.ArrowTypeError)):
         write_shard(folder / "x.parquet", [{"fps": "ten"}], CLIP_SCHEMA)
-    assert not (folder / "x.parquet").exists()
+    assert not list(folder.iterdir())
+
+
+def test_what_killed_writers_left_is_swept_when_it_is_old(folder, dataset):
+    for name, age_s in (("old", 7200), ("new", 60)):
+        path = folder / "clips" / f".{name}.parquet.1234{DRAFT}"
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age_s,) * 2)
+    sweep(folder / "clips")
+    assert [p.name for p in (folder / "clips").glob(f".*{DRAFT}")] == [".new.parquet.1234.part"]
+    assert len(dataset.index()) == 22
 
 
 def test_other_engines_read_the_tables(folder, dataset):
