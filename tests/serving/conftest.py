@@ -1,6 +1,7 @@
 """A tiny world with random weights (a real one in all but training), published as an artifact and served."""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -32,6 +33,7 @@ from serving.app import serve_world
 from serving.config import ServeConfig
 from serving.engine import Engine
 from serving.gateway import Gateway
+from serving.painter import Painter
 from serving.pictures import decode_jpeg, encode_jpeg
 from serving.store import open_store
 from serving.worlds import Worlds
@@ -186,3 +188,43 @@ def running_redis(folder):
         yield url, server
     finally:
         stop(server)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory):
+    """A folder with a Stable Diffusion pipeline of a few thousand weights."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, norm_num_groups=8,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), unet=unet, scheduler=DDIMScheduler(), safety_checker=None,
+        tokenizer=CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77),
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "sd")  # fmt: skip
+    return folder / "sd"
+
+
+@pytest.fixture(scope="session")
+def painter(pipeline):
+    return Painter(ServeConfig(text=str(pipeline), text_steps=2))

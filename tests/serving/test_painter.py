@@ -1,57 +1,18 @@
 """Prompts in words, by a real diffusers pipeline that is tiny and knows nothing: its weights are drawn here."""
 
 import asyncio
-import json
+import shutil
 
 import httpx
 import numpy as np
 import pytest
 
 from infra.config import UserError
+from serving.app import serve_world
 from serving.config import ServeConfig
 from serving.painter import Painter
 from tests.serving.conftest import SIZE, gateway_of
 from tests.serving.test_gateway import bearer, refused
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    """A folder with a Stable Diffusion pipeline of a few thousand weights."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("pipeline")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        block_out_channels=(8, 16), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32, norm_num_groups=8,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16), in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), unet=unet, scheduler=DDIMScheduler(), safety_checker=None,
-        tokenizer=CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77),
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder / "sd")  # fmt: skip
-    return folder / "sd"
-
-
-@pytest.fixture(scope="module")
-def painter(pipeline):
-    return Painter(ServeConfig(text=str(pipeline), text_steps=2))
 
 
 def test_a_text_and_a_seed_make_one_picture(painter):
@@ -90,10 +51,23 @@ def test_what_is_no_pipeline_says_so(tmp_path):
 
 
 def test_a_pipeline_of_pickles_is_refused(pipeline, tmp_path):
-    import shutil
-
     shutil.copytree(pipeline, tmp_path / "sd")
     weights = tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(UserError, match="no text-to-image pipeline there"):
         Painter(ServeConfig(text=str(tmp_path / "sd")))
+
+
+def test_a_served_world_takes_words(pipeline, served_home, ray_cluster):
+    config = ServeConfig(
+        home=served_home.path, world="toy", port=0, colocated=True, slots=2, text=str(pipeline), text_steps=2
+    )
+    with serve_world(config) as served:
+        made = httpx.post(f"{served.url}/v1/sessions", json={"text": "a green hill", "seed": 5}, timeout=60)
+        assert made.status_code == 201, made.text
+        again = httpx.post(f"{served.url}/v1/sessions", json={"text": "a green hill", "seed": 5}, timeout=60).json()
+        frames = [
+            httpx.get(f"{served.url}/v1/sessions/{m['session']}/frames/0.jpg", headers=bearer(m)).content
+            for m in (made.json(), again)
+        ]
+        assert frames[0] == frames[1]
