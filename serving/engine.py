@@ -194,9 +194,12 @@ class Engine:
             slot = self._find_slot()
             if slot is None:
                 return False
-            held = self._held[job.session] = _Held(slot, job.step - 1)
+            held = _Held(slot, job.step - 1)
         if pending.future.set_running_or_notify_cancel():
+            self._held[job.session] = held
             self._begin(held, pending)
+        elif job.session not in self._held:  # nobody waits for it any more
+            self._free.append(held.slot)
         return True
 
     def _begin(self, held: _Held, pending: _Pending) -> None:

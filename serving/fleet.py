@@ -125,6 +125,7 @@ class Fleet:
         self._view = View(choices={}, running={})
         self._live: dict[str, tuple[float, Mapping[str, int]]] = {}
         self._needed_at: dict[str, float] = {}
+        self._ready: set[str] = set()
         self._looking = asyncio.Lock()
         await self._look()
         self._task = asyncio.create_task(self._keep_looking())
@@ -142,7 +143,8 @@ class Fleet:
     async def wake(self, reference: str) -> None:
         """Starts a version that a session needs."""
         self._needed_at[reference] = time.monotonic()
-        await self._look()
+        if not self._looking.locked():
+            await self._look()
 
     def check_health(self) -> None:
         """Has Serve replace the replica when it looks no more."""
@@ -171,9 +173,10 @@ class Fleet:
             for reference in sorted(set(states) - needed):
                 log.info("fleet: %s has no sessions left: taken down", reference)
                 await asyncio.to_thread(serve.delete, application_name(reference), False)
-            ready = {r for r, state in states.items() if state == "RUNNING" and r in needed}
-            choices = {name: self._settled(name, choice, ready) for name, choice in wanted.items()}
-            running = {r: await asyncio.to_thread(self.catalogue.path, r) for r in sorted(ready)}
+            # While one scales, Serve says DEPLOYING of it; what has once been ready stays so until it is taken down.
+            self._ready = {r for r in needed if states.get(r) == "RUNNING" or (r in states and r in self._ready)}
+            choices = {name: self._settled(name, choice, self._ready) for name, choice in wanted.items()}
+            running = {r: await asyncio.to_thread(self.catalogue.path, r) for r in sorted(self._ready)}
             self._view = View(choices=choices, running=running)
 
     def _played(self, now: float) -> set[str]:
