@@ -100,6 +100,7 @@ _FIELDS: dict[str, Any] = {
     "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
     "model": {"type": "string", "description": "NAME, NAME@v1, NAME@candidate; the default world when left out"},
 }
+_ONE_OF = [{"required": [name]} for name in ("picture", "gallery", "text")]
 _ENCODED = {"type": "string", "contentEncoding": "base64"}
 CREATE_BODY: dict[str, Any] = {
     "requestBody": {
@@ -108,6 +109,7 @@ CREATE_BODY: dict[str, Any] = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
+                    "anyOf": _ONE_OF,
                     "properties": {
                         "picture": {"type": "array", "items": {"type": "string", "format": "binary"}},
                         **_FIELDS,
@@ -117,6 +119,7 @@ CREATE_BODY: dict[str, Any] = {
             "application/json": {
                 "schema": {
                     "type": "object",
+                    "anyOf": _ONE_OF,
                     "properties": {
                         "picture": {
                             "anyOf": [_ENCODED, {"type": "array", "items": _ENCODED}],
@@ -130,3 +133,23 @@ CREATE_BODY: dict[str, Any] = {
     }
 }
 """The create request in the OpenAPI document; it is read by hand, since it comes in two forms."""
+
+REFUSED: dict[str, Any] = {
+    "description": "A refusal: problem details (RFC 9457) that name the limit it ran into.",
+    "content": {
+        "application/problem+json": {
+            "schema": {
+                "type": "object",
+                "required": ["type", "title", "status", "detail"],
+                "properties": {
+                    "type": {"type": "string", "description": "urn:lampworks:problem:<kind>"},
+                    "title": {"type": "string"},
+                    "status": {"type": "integer"},
+                    "detail": {"type": "string", "description": "what is wrong, and what to do"},
+                    "retry_after_s": {"type": "number"},
+                },
+            }
+        }
+    },
+}
+"""Every refusal in the OpenAPI document."""

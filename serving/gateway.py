@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, Header, Query, Request, Response, WebSocket
+from fastapi import Depends, FastAPI, Query, Request, Response, WebSocket
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 
-from serving.bodies import CREATE_BODY, ForkBody, RolloutBody, StepBody, read_create, read_seed
+from serving.bodies import CREATE_BODY, REFUSED, ForkBody, RolloutBody, StepBody, read_create, read_seed
 from serving.config import ServeConfig
 from serving.edge import Edge
 from serving.export import session_mp4
@@ -32,7 +34,28 @@ from serving.worlds import Worlds
 PLAYER = Path(__file__).parent / "player"
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 PAGE_FILES = {p.name: f"{PAGE_TYPES[p.suffix]}; charset=utf-8" for p in PLAYER.iterdir() if p.suffix in PAGE_TYPES}
-Bearer = Annotated[str | None, Header(alias="authorization", description="Bearer and the token")]
+Bearer = Annotated[
+    HTTPAuthorizationCredentials | None,
+    Depends(HTTPBearer(auto_error=False, description="a session's token, or the API key that made it")),
+]
+
+
+class Jpeg(Response):
+    """A frame."""
+
+    media_type = "image/jpeg"
+
+
+class Png(Response):
+    """A prompt picture."""
+
+    media_type = "image/png"
+
+
+class Mp4(Response):
+    """A video."""
+
+    media_type = "video/mp4"
 
 
 class Gateway:
@@ -56,29 +79,35 @@ class Gateway:
 
     def app(self) -> FastAPI:
         """The ASGI application."""
-        app = FastAPI(title="Lampworks", version="1", description="Playable worlds: sessions, steps, forks.")
+        app = FastAPI(
+            title="Lampworks",
+            version="1",
+            description="Playable worlds: sessions, steps, forks.",
+            responses={"4XX": REFUSED, "5XX": REFUSED},
+        )
         app.add_middleware(Edge, config=self.config)
+        app.state.metrics = self.sessions.metrics
         app.add_exception_handler(Problem, _on_problem)  # pyrefly: ignore[bad-argument-type]
         app.add_exception_handler(HTTPException, _on_http)  # pyrefly: ignore[bad-argument-type]
         app.add_exception_handler(RequestValidationError, _on_invalid)  # pyrefly: ignore[bad-argument-type]
         session = "/v1/sessions/{session_id}"
-        for method, path, door in (
-            ("GET", "/healthz", self.healthz),
-            ("GET", "/readyz", self.readyz),
-            ("GET", "/v1/models", self.list_models),
-            ("GET", "/v1/gallery/{model}/{picture}.png", self.gallery_picture),
-            ("GET", "/v1/sessions", self.list_sessions),
-            ("GET", session, self.show),
-            ("DELETE", session, self.delete),
-            ("POST", session + "/step", self.step),
-            ("POST", session + "/fork", self.fork),
-            ("POST", session + "/replay", self.replay),
-            ("GET", session + "/history", self.history),
-            ("GET", session + "/frames/{n}.jpg", self.frame),
-            ("GET", session + "/export.mp4", self.export),
-            ("POST", "/v1/rollouts", self.roll_out),
+        for method, path, door, answer in (
+            ("GET", "/healthz", self.healthz, JSONResponse),
+            ("GET", "/readyz", self.readyz, JSONResponse),
+            ("GET", "/v1/models", self.list_models, JSONResponse),
+            ("GET", "/v1/gallery/{model}/{picture}.png", self.gallery_picture, Png),
+            ("GET", "/v1/sessions", self.list_sessions, JSONResponse),
+            ("GET", session, self.show, JSONResponse),
+            ("POST", session + "/step", self.step, JSONResponse),
+            ("POST", session + "/fork", self.fork, JSONResponse),
+            ("POST", session + "/replay", self.replay, JSONResponse),
+            ("GET", session + "/history", self.history, JSONResponse),
+            ("GET", session + "/frames/{n}.jpg", self.frame, Jpeg),
+            ("GET", session + "/export.mp4", self.export, Mp4),
+            ("POST", "/v1/rollouts", self.roll_out, JSONResponse),
         ):
-            app.add_api_route(path, door, methods=[method])
+            app.add_api_route(path, door, methods=[method], response_class=answer)
+        app.add_api_route(session, self.delete, methods=["DELETE"], status_code=204)
         app.add_api_route("/v1/sessions", self.create, methods=["POST"], status_code=201, openapi_extra=CREATE_BODY)
         app.add_api_route("/", self.page, methods=["GET"], include_in_schema=False)
         app.add_api_route("/player/{name}", self.page, methods=["GET"], include_in_schema=False)
@@ -116,7 +145,7 @@ class Gateway:
         if path is None:
             raise Problem(404, "no-such-picture", f"{model} has no prompt picture {picture[:80]!r}")
         cache = {"cache-control": "public, max-age=86400"}
-        return Response(path.read_bytes(), media_type="image/png", headers=cache)
+        return Png(path.read_bytes(), headers=cache)
 
     async def page(self, name: str = "index.html") -> Response:
         """The player page and its files."""
@@ -230,7 +259,7 @@ class Gateway:
         """A committed frame."""
         message = self.sessions.stored(self._open(session_id, authorization), n)
         headers = {"cache-control": "private, max-age=86400, immutable"}
-        return Response(message.jpeg, media_type="image/jpeg", headers=headers)
+        return Jpeg(message.jpeg, headers=headers)
 
     async def export(self, session_id: str, authorization: Bearer = None) -> Response:
         """The session as a video."""
@@ -239,7 +268,7 @@ class Gateway:
             rows = list(self.store.rows(session.id, session.first, session.step))
             video = await asyncio.to_thread(session_mp4, rows, self.worlds[session.model].info.fps)
         name = f'attachment; filename="lampworks-{session.id}.mp4"'
-        return Response(video, media_type="video/mp4", headers={"content-disposition": name})
+        return Mp4(video, headers={"content-disposition": name})
 
     async def play(self, socket: WebSocket, session_id: str) -> None:
         """The play socket (serving/play.py)."""
@@ -247,10 +276,10 @@ class Gateway:
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _open(self, session_id: str, authorization: str | None) -> Session:
+    def _open(self, session_id: str, authorization: Bearer) -> Session:
         return self.sessions.open(session_id, _bearer(authorization))
 
-    def _owner(self, request: Request, authorization: str | None) -> str:
+    def _owner(self, request: Request, authorization: Bearer) -> str:
         """Whose quota a new session counts for: an API key's, or with no keys set the client address's."""
         if not self.config.keys:
             return f"address:{request.client.host if request.client else 'unknown'}"
@@ -267,12 +296,12 @@ class Gateway:
         return {"session": session.id, **about, "actions": info.actions, "fps": info.fps, **size}
 
 
-def _bearer(authorization: str | None) -> str | None:
-    scheme, _, token = (authorization or "").partition(" ")
-    return token.strip() or None if scheme.lower() == "bearer" else None
+def _bearer(authorization: Bearer) -> str | None:
+    return authorization.credentials.strip() or None if authorization else None
 
 
 async def _on_problem(request: Request, problem: Problem) -> Response:
+    request.app.state.metrics.rejected(problem.slug)
     return Response(
         json.dumps(problem.body()), problem.status, problem.headers(), media_type="application/problem+json"
     )
