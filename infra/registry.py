@@ -147,7 +147,8 @@ def register(
     from mlflow.exceptions import MlflowException
 
     name = reference.partition("@")[0]
-    if client.search_model_versions(f"name = '{name}' and tags.`{FINGERPRINT_TAG}` = '{fingerprint}'"):
+    same = f"name = '{name}' and tags.`{REFERENCE_TAG}` = '{reference}' and tags.`{FINGERPRINT_TAG}` = '{fingerprint}'"
+    if client.search_model_versions(same):
         return
     try:
         client.create_registered_model(name)

@@ -24,7 +24,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from typing_extensions import override
 
-from infra.artifact import Artifact, resolve
+from infra.artifact import RECORD, Artifact, resolve
 from infra.config import Home, UserError
 from infra.registry import CANDIDATE, CHAMPION, Registry, RegistryError, open_registry
 from serving.config import ServeConfig
@@ -92,29 +92,39 @@ class Catalogue:
 
     def _choice(self, name: str) -> Choice:
         base, _, wanted = name.partition("@")
-        if self._registry is None:
-            self._registry = open_registry(self.config.tracking, self.home)
-        aliases = self._registry.aliases(base) if self._registry and not (wanted and _numbered(wanted)) else {}
-        if wanted in aliases:
-            return Choice(champion=aliases[wanted])
-        if wanted and not _numbered(wanted):
+        folder = (Path(name) / RECORD).is_file()
+        if folder or wanted.removeprefix("v").isdigit():
+            return self._fixed(name, name if folder else f"{base}@v{wanted.removeprefix('v')}")
+        registry = self._open()
+        aliases = registry.aliases(base) if registry else {}
+        if wanted and wanted not in aliases:
             there = ", ".join(f"{base}@{alias}" for alias in sorted(aliases)) or "no alias of that name"
             raise UserError(
                 f"--world {name}: the registry has {there}; promote a version, or name one such as {base}@v1"
             )
-        if wanted or CHAMPION not in aliases:
-            fixed = f"{base}@v{wanted.removeprefix('v')}" if wanted else name
-            # Without a champion it is the version that was newest at the start.
-            return self._choices.get(name) or Choice(champion=self._artifact(fixed).reference)
-        candidate = aliases.get(CANDIDATE) if self.config.canary else None
-        return Choice(champion=aliases[CHAMPION], candidate=candidate, share=self.config.canary)
+        if not wanted and CHAMPION not in aliases:
+            return self._fixed(name, name)
+        candidate = aliases.get(CANDIDATE) if self.config.canary and not wanted else None
+        return Choice(champion=aliases[wanted or CHAMPION], candidate=candidate, share=self.config.canary)
+
+    def _fixed(self, name: str, reference: str) -> Choice:
+        """Without an alias, what a name meant at the start."""
+        if name in self._choices:
+            return self._choices[name]
+        found = self._artifact(reference)
+        self._paths[found.reference] = found.path
+        return Choice(champion=found.reference)
 
     def _artifact(self, reference: str) -> Artifact:
-        if self._registry is not None and "@" in reference:
-            name, _, version = reference.partition("@")
-            if not (self.home.artifacts / name / version).exists():
-                return self._registry.fetch(reference)
+        name, _, version = reference.partition("@")
+        if version and not (self.home.artifacts / name / version).exists() and (registry := self._open()):
+            return registry.fetch(reference)
         return resolve(self.home, reference, kind="world")
+
+    def _open(self) -> Registry | None:
+        if self._registry is None:
+            self._registry = open_registry(self.config.tracking, self.home)
+        return self._registry
 
 
 class Fleet:
@@ -282,7 +292,3 @@ def _states() -> dict[str, str]:
     """Status of every version that has an application."""
     named = {reference_of(name): app.status.value for name, app in serve.status().applications.items()}
     return {r: state for r, state in named.items() if r is not None and state != "DELETING"}
-
-
-def _numbered(wanted: str) -> bool:
-    return wanted.removeprefix("v").isdigit()

@@ -15,6 +15,7 @@ import pytest
 
 from infra.artifact import lineage, resolve
 from infra.config import Home, TrackingConfig
+from infra.registry import Registry
 from pipelines.shards import open_dataset
 
 DEMO = [Path(sys.executable).parent / "lampworks", "demo", "--no-browser", "--size", "tiny", "--home"]
@@ -121,6 +122,11 @@ def test_ffprobe_reads_a_stored_clip(walked, tmp_path):
     stream = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)["streams"][0]
     assert (stream["codec_name"], stream["width"], stream["height"]) == ("h264", 32, 32)
     assert (stream["nb_frames"], stream["pix_fmt"]) == ("40", "yuv444p")
+
+
+def test_the_world_is_registered_as_champion(walked):
+    home, _, _ = walked
+    assert Registry(TrackingConfig(), home).aliases("world") == {"champion": "world@v1"}
 
 
 def test_tracking_holds_one_finished_run_a_training(walked):
