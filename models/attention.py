@@ -17,17 +17,23 @@ _BASE = 100.0  # of the rotation frequencies: windows are tens of frames, not th
 
 
 def rotation(positions: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
-    """Complex units (*positions.shape, head_size/2) of rotary positions (arXiv 2104.09864), computed in float64."""
+    """Cosines and sines (*positions.shape, head_size/2, 2) of rotary positions (arXiv 2104.09864), in float64 first."""
     powers = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float64) / head_size
     angles = positions.double()[..., None] * _BASE**-powers
-    turns = torch.polar(torch.ones_like(angles), angles)
-    return turns if dtype == torch.float64 else turns.to(torch.complex64)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).to(torch.promote_types(dtype, torch.float32))
 
 
 def _rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn neighbouring pairs of features; complex products cost a quarter of the textbook form here."""
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns).flatten(-2).to(x.dtype)
+    """Turn neighbouring pairs of features; complex products cost a quarter of the textbook form on a CPU.
+
+    Compilers fuse the textbook form and do not know complex numbers.
+    """
+    pairs = x.to(turns.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling() or turns.is_cuda:
+        (a, b), (c, s) = pairs.unbind(-1), turns.unbind(-1)
+        return torch.stack((a * c - b * s, a * s + b * c), dim=-1).flatten(-2).to(x.dtype)
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(turns)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 @dataclass
@@ -38,7 +44,7 @@ class Clock:
         rows: the slots in the pass: a slice (no copy) or int64 indices (S,).
         index: the same as int64 indices (S,).
         cell: cache cell that the new frame is written to, int64 (S,).
-        turns: rotations of the new frame (S, head_size/2).
+        turns: rotations of the new frame (S, head_size/2, 2).
         hidden: 0 for cells that the new frame sees, minus infinity for others (S, cells).
     """
 
@@ -102,8 +108,13 @@ class _Heads(nn.Module):
 
     def split(self, x: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., D) -> q (..., heads, size), k and v (..., kv_heads, size); q, k normalised and turned in time."""
-        both = self.heads + self.kv_heads
-        qk, v = self.qkv(self.norm(x)).unflatten(-1, (-1, self.size)).split((both, self.kv_heads), dim=-2)
+        both = (self.heads + self.kv_heads) * self.size
+        y = self.norm(x)
+        # two products: queries and keys come out in one piece, as their norm wants them
+        qk, v = (
+            F.linear(y, w).unflatten(-1, (-1, self.size))
+            for w in self.qkv.weight.split((both, len(self.qkv.weight) - both))
+        )
         if self.gain is not None:
             qk = F.layer_norm(qk, (self.size,), self.gain)
         if turns is not None:
@@ -141,7 +152,7 @@ class TemporalAttention(_Heads):
 
     @override
     def forward(self, x_BTND: Tensor, turns: Tensor, mask: Tensor | None) -> Tensor:
-        """Whole window; turns (T, size/2); mask (T, T) says which frames each sees, None for all before and itself.
+        """Whole window; turns (T, size/2, 2); mask (T, T) says which frames each sees, None for all before and itself.
 
         Time is moved next to the features before projecting: one small copy instead of three large ones.
         """

@@ -55,9 +55,10 @@ class Dynamics(nn.Module):
             return x, action
         return torch.cat((action[..., None, :], x), dim=-2), None
 
-    def leave(self, x: Tensor) -> Tensor:
-        """Features (..., N', D) -> logits (..., N, K)."""
-        return self.head(x[..., 1:, :] if self.cfg.action_mode == "prepended" else x)
+    def leave(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """Features (..., N', D) -> logits (..., N, K), or those of the places `at` (R,) alone (..., R, K)."""
+        x = x[..., 1:, :] if self.cfg.action_mode == "prepended" else x
+        return self.head(x if at is None else x[..., at, :])
 
     def with_first(self, actions_BT: Tensor) -> Tensor:
         """Actions (B, T-1) -> (B, T) with "none" leading to the first frame: action t-1 belongs to frame t."""

@@ -13,9 +13,10 @@ from typing_extensions import override
 
 from models.config import ModelError, SamplerConfig
 from models.dynamics import Dynamics
+from models.maskgit import draw, halton_order, reveal_counts
 from models.metrics import psnr
 from models.noise import uniform, uniform_for
-from models.sampler import Window, draw, halton_order, reveal_counts
+from models.sampler import Window
 from models.world import World
 
 _STAGE, _ORDER, _DRAW = 31, 32, 33  # streams of random draws

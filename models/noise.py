@@ -6,7 +6,7 @@ No generator state exists: resuming, another world size or another neighbour in 
 import torch
 from torch import Tensor
 
-_MASK53 = (1 << 53) - 1
+_MASK53, _MASK64 = (1 << 53) - 1, (1 << 64) - 1
 
 
 def _signed(value: int) -> int:
@@ -21,9 +21,23 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def mix(*counters: Tensor | int) -> Tensor:
-    """Hash counters that broadcast together into int64 (SplitMix64's finaliser over each in turn)."""
-    state = torch.zeros((), dtype=torch.int64)
+def fold(*counters: int) -> int:
+    """`mix` of numbers, on the host; a state that `mix` and `uniform` can go on from."""
+    state = 0
+    for counter in counters:
+        state = (state + counter + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return _signed(state)
+
+
+def mix(*counters: Tensor | int, state: Tensor | None = None) -> Tensor:
+    """Hash counters that broadcast together into int64 (SplitMix64's finaliser over each in turn).
+
+    With `state`, the hash of counters before these, it goes on from there.
+    """
+    state = torch.zeros((), dtype=torch.int64) if state is None else state
     for counter in counters:
         state = (state.to(counter.device) if isinstance(counter, Tensor) else state) + counter + _GOLDEN
         state = (state ^ _shift(state, 30)) * _MIX1
@@ -32,9 +46,9 @@ def mix(*counters: Tensor | int) -> Tensor:
     return state
 
 
-def uniform(*counters: Tensor | int) -> Tensor:
-    """Draws in (0, 1), float32, one for each combination of the counters, which broadcast together."""
-    return ((mix(*counters) & _MASK53).double() + 0.5).mul(2.0**-53).float().clamp_(1e-7, 1 - 1e-7)
+def uniform(*counters: Tensor | int, state: Tensor | None = None) -> Tensor:
+    """Draws in (0, 1), float32, one for each combination of the counters, which broadcast together; see `mix`."""
+    return ((mix(*counters, state=state) & _MASK53).double() + 0.5).mul(2.0**-53).float().clamp_(1e-7, 1 - 1e-7)
 
 
 def uniform_for(key_B: Tensor, stream: int, *shape: int) -> Tensor:

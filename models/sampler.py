@@ -7,7 +7,6 @@ and leave between any two passes; what one draws is a function of its own tokens
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import cos, pi
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,13 +15,13 @@ from torch import Tensor, nn
 
 from models.attention import Clock
 from models.config import ModelError, SamplerConfig
-from models.noise import uniform
+from models.graph import FACTS, Pass
+from models.maskgit import Revealer, noise_keys, reveal_counts
 
 if TYPE_CHECKING:
     from models.world import World
 
 _IDLE, _REFINE, _COMMIT = range(3)
-_DRAW, _ORDER = 101, 102  # streams of random draws
 
 
 @dataclass
@@ -42,53 +41,6 @@ class Finished:
     slot: int
     tokens: Tensor
     frame: Tensor
-
-
-@lru_cache
-def reveal_counts(tokens: int, steps: int) -> tuple[int, ...]:
-    """Tokens known after each pass: a cosine schedule (MaskGIT, 3.3), at least one more each time, at last all."""
-    counts = [0]
-    for step in range(1, steps + 1):
-        due = tokens - int(tokens * cos(pi / 2 * step / steps))
-        counts.append(tokens if step == steps else min(tokens, max(due, counts[-1] + 1)))
-    return tuple(counts[1:])
-
-
-@lru_cache
-def halton_order(rows: int, columns: int) -> Tensor:
-    """Rank (N,) of each place of a grid by a Halton sequence in bases 2 and 3: early places are spread evenly."""
-
-    def radical_inverse(i: int, base: int) -> float:
-        value, scale = 0.0, 1.0
-        while i:
-            scale /= base
-            value += scale * (i % base)
-            i //= base
-        return value
-
-    rank: dict[int, int] = {}
-    i = 1
-    while len(rank) < rows * columns:
-        place = int(radical_inverse(i, 2) * rows) * columns + int(radical_inverse(i, 3) * columns)
-        rank.setdefault(place, len(rank))
-        i += 1
-    return torch.tensor([rank[place] for place in range(rows * columns)])
-
-
-def draw(logits_SNK: Tensor, noise_SN: Tensor, temperature: float, top_k: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw tokens by inverse distribution function -> tokens (S, N) and the logarithm of their probability."""
-    logits = logits_SNK.float()
-    if temperature == 0:
-        best, token = logits.log_softmax(-1).max(-1)
-        return token, best
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
-    probability = logits.softmax(-1)
-    cumulated = probability.cumsum(-1)
-    token = torch.searchsorted(cumulated, noise_SN[..., None] * cumulated[..., -1:]).clamp_max(logits.shape[-1] - 1)
-    chance = probability.gather(-1, token)
-    return token[..., 0], chance[..., 0].clamp_min(1e-30).log()
 
 
 @lru_cache
@@ -129,33 +81,36 @@ class Decoder:
 
     Memory past T frames follows the sampler's policy. Raises ModelError for actions, slots or windows out of range.
 
+    Args:
+        graph: run passes of fixed shapes over all slots (`models.graph`), captured where there is a GPU; None: there.
+
     Attributes:
+        current: tokens of the frames under way, int64 (slots, N).
         passes: frame-passes of the dynamics model so far (one frame of one slot each).
     """
 
-    def __init__(self, world: "World", slots: int, sampler: SamplerConfig) -> None:
+    def __init__(self, world: "World", slots: int, sampler: SamplerConfig, graph: bool | None = None) -> None:
         self.world, self.slots, self.sampler = world, slots, sampler
         self.dynamics, self.tokenizer = world.dynamics.eval(), world.tokenizer.eval()
         self.frames, self.tokens = world.dynamics.cfg.frames, world.dynamics.cfg.tokens
         self.device, self.dtype = self.dynamics.head.weight.device, self.dynamics.head.weight.dtype
         self.passes = 0
         self._slots: list[_Slot | None] = [None] * slots
-        cells, self._kept, self._lost = self._memory()
-        self._cells = cells
-        self._caches = self.dynamics.transformer.caches(slots, self.dynamics.tokens, cells[0])
-        self._pixel_caches = self.tokenizer.decoder.caches(slots, self.tokens, cells[1])
-        self._current = torch.zeros(slots, self.tokens, dtype=torch.int64, device=self.device)
-        self._halton = halton_order(world.dynamics.cfg.rows, world.dynamics.cfg.columns).to(self.device)
-        self._together = self._may_share()
+        (self.cells, self._pixel_cells), self._kept = self._memory()
+        self.caches = self.dynamics.transformer.caches(slots, self.dynamics.tokens, self.cells)
+        self._pixel_caches = self.tokenizer.decoder.caches(slots, self.tokens, self._pixel_cells)
+        self.current = torch.zeros(slots, self.tokens, dtype=torch.int64, device=self.device)
+        self.revealer = Revealer(world.dynamics.cfg, sampler, self.device)
+        self._counts = reveal_counts(self.tokens, sampler.steps)
+        use_graph = self.device.type == "cuda" if graph is None else graph
+        self._graph = Pass(self) if use_graph else None
+        self._together = use_graph or self._may_share()
 
-    def _memory(self) -> tuple[tuple[int, int], int, int]:
-        """Cells of the two caches, frames kept when memory is full, and the most frames that a window holds."""
+    def _memory(self) -> tuple[tuple[int, int], int]:
+        """Cells of the two caches, and frames kept when memory is full."""
         if self.sampler.policy != "rolling":
-            return (
-                (self.frames, self.frames),
-                (self.frames // 2 if self.sampler.policy == "epoch" else self.frames - 1),
-                self.frames,
-            )
+            kept = self.frames // 2 if self.sampler.policy == "epoch" else self.frames - 1
+            return (self.frames, self.frames), kept
         reach = 1
         cells = []
         for name, cfg, trained in (
@@ -170,7 +125,7 @@ class Decoder:
             layers = cfg.layers // 2 if cfg.attention == "st" else cfg.layers
             reach = max(reach, 1 + layers * (cfg.window - 1) * cfg.temporal)
             cells.append(cfg.window)
-        return (cells[0], cells[1]), reach, 0
+        return (cells[0], cells[1]), reach
 
     def _may_share(self) -> bool:
         place = (str(self.device), self.dtype, torch.get_num_threads())
@@ -185,7 +140,7 @@ class Decoder:
     @property
     def slot_bytes(self) -> int:
         """Cache memory of one session."""
-        return sum(cache.slot_bytes for cache in (*self._caches, *self._pixel_caches) if cache is not None)
+        return sum(cache.slot_bytes for cache in (*self.caches, *self._pixel_caches) if cache is not None)
 
     @property
     def busy(self) -> bool:
@@ -213,7 +168,7 @@ class Decoder:
         self._check_slot(slot)
         if self._slots[slot] is not None or session.phase != _IDLE:
             raise ModelError(f"can't copy slot {source} to {slot}; the one must be idle, the other free")
-        for cache in (*self._caches, *self._pixel_caches):
+        for cache in (*self.caches, *self._pixel_caches):
             if cache is not None:
                 cache.copy(source, slot)
         self._slots[slot] = replace(session, window=self.window(source))
@@ -285,7 +240,7 @@ class Decoder:
         session.phase, session.passed = _IDLE, 0
         if session.queued is not None:
             session.phase, session.action, session.queued = _REFINE, session.queued, None
-            self._current[slot] = self.dynamics.mask_token
+            self.current[slot] = self.dynamics.mask_token
 
     @torch.inference_mode()
     def _refill(self, slots: list[int]) -> None:
@@ -301,8 +256,8 @@ class Decoder:
             for slot, session in zip(slots, sessions, strict=True):
                 w = session.window
                 session.action = int(w.actions[frame - 1]) if frame else self.dynamics.no_action
-                self._current[slot] = w.tokens[frame].to(self.device)
-            self._features(slots)
+                self.current[slot] = w.tokens[frame].to(self.device)
+            self._compute(slots)
             if self.tokenizer.cfg.decoder.temporal:
                 self._pixels(slots)
             for session in sessions:
@@ -313,47 +268,62 @@ class Decoder:
 
     def _pass(self, group: list[int]) -> list[Finished]:
         """One pass over these slots: some refine a frame, some commit theirs."""
-        features = self._features(group)
-        drawing = [i for i in group if self._session(i).phase == _REFINE]
+        drawing = self._compute(group)
         for i in group:
             if i not in drawing:
                 session = self._session(i)
                 session.position += 1
                 session.cached += 1
                 self._start(i, session)
-        if not drawing:
-            return []
-        rows = [group.index(i) for i in drawing]
-        self._reveal(drawing, self.dynamics.leave(features if len(rows) == len(group) else features[rows]))
         done = [i for i in drawing if self._session(i).passed == self.sampler.steps]
         return self._finish(done) if done else []
 
-    def _reveal(self, slots: list[int], logits: Tensor) -> None:
-        """Draw the unknown tokens of the slots and keep as many as the schedule says; never waits for the device."""
-        cfg, sessions, rows = self.sampler, [self._session(i) for i in slots], self._rows(slots)
-        current = self._current[rows]
-        known = current != self.dynamics.mask_token
-        counts = reveal_counts(self.tokens, cfg.steps)
-        told = [[s.window.seed & (2**63 - 1), s.window.step + 1, s.passed, counts[s.passed]] for s in sessions]
-        seed, step, passed, count = torch.tensor(told, device=self.device).T[..., None]
-        place = torch.arange(self.tokens, device=self.device)
-        token, score = draw(logits, uniform(seed, step, passed, _DRAW, place), cfg.temperature, cfg.top_k)
-        if cfg.order == "halton":
-            score = -self._halton.expand_as(token).to(score.dtype)
-        elif cfg.order == "random":
-            score = uniform(seed, step, _ORDER, place)
+    def _compute(self, slots: list[int]) -> list[int]:
+        """The dynamics over the slots' current tokens; draws in those that refine -> those."""
+        drawing = [i for i in slots if self._session(i).phase == _REFINE]
+        self.passes += len(slots)
+        if self._graph is not None:
+            self._graph([self._facts(i) for i in range(self.slots)])
         else:
-            gumbel = -torch.log(-torch.log(uniform(seed, step, passed, _ORDER, place)))
-            score = score + cfg.order_noise * (1 - (passed + 1) / cfg.steps) * gumbel
-        rank = score.masked_fill(known, torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        guess = torch.where(rank < count, token, self.dynamics.mask_token)
-        self._current[rows] = torch.where(known, current, guess)
-        for session in sessions:
-            session.passed += 1
+            features = self._features(slots)
+            if drawing:
+                rows = [slots.index(i) for i in drawing]
+                self._reveal(drawing, features if len(rows) == len(slots) else features[rows])
+        for i in drawing:
+            self._session(i).passed += 1
+        return drawing
+
+    def _facts(self, slot: int) -> list[int]:
+        """See `graph.FACTS`. A slot without work stands at its next frame."""
+        s = self._slots[slot]
+        if s is None:
+            return [0] * FACTS
+        keys = noise_keys(s.window.seed, s.window.step + 1, s.passed)
+        due = (*self._counts, self.tokens)[s.passed]
+        return [*keys, s.passed, due, s.action, s.position, s.cached, s.phase == _REFINE]
+
+    def _reveal(self, slots: list[int], features: Tensor) -> None:
+        """Draw the unknown tokens of the slots and keep as many as the schedule says; never waits for the device."""
+        rows, current = self._rows(slots), self.current[self._rows(slots)]
+        facts = [self._facts(i) for i in slots]
+        unknown = [self.tokens - (0, *self._counts)[f[2]] for f in facts]
+        # Logits of known tokens need not be computed. How many are unknown follows from the schedule, so shapes need no
+        # answer from the device. One product for each slot: beside others' rows its own could round differently.
+        order = (current != self.dynamics.mask_token).byte().argsort(dim=-1, stable=True)
+        places = [row[:n] for row, n in zip(order, unknown, strict=True)]
+        logits = [self.dynamics.leave(x, place) for x, place in zip(features, places, strict=True)]
+        at = torch.cat([place + self.tokens * row for row, place in enumerate(places)])
+        told = torch.tensor(facts, device=self.device)
+        token, score = self.revealer.drawn(
+            torch.cat(logits) if len(logits) > 1 else logits[0], torch.cat(places), *told[at // self.tokens, :3].T
+        )
+        token = current.flatten().scatter(0, at, token).view_as(current)
+        score = score.new_full((current.numel(),), torch.inf).scatter(0, at, score).view_as(current)
+        self.current[rows] = self.revealer.kept(token, score, told[:, 3])
 
     def _finish(self, slots: list[int]) -> list[Finished]:
         """Decode the finished frames and hand them out; their commit pass comes later."""
-        frames, tokens = self._pixels(slots).cpu(), self._current[self._rows(slots)].to("cpu", copy=True)
+        frames, tokens = self._pixels(slots).cpu(), self.current[self._rows(slots)].to("cpu", copy=True)
         finished = []
         for i, frame, drawn in zip(slots, frames, tokens, strict=True):
             session = self._session(i)
@@ -381,13 +351,12 @@ class Decoder:
     def _features(self, slots: list[int]) -> Tensor:
         """One pass of the dynamics over the slots' current tokens -> features (S, N', D); writes their cells."""
         cfg = self.dynamics.cfg.transformer
-        self.passes += len(slots)
         action = torch.tensor([self._session(i).action for i in slots], device=self.device)
-        clock = self._clock(slots, self._cells[0], cfg.window, cfg.head_size)
-        return self.dynamics.step(self._current[self._rows(slots)], action, self._caches, clock)
+        clock = self._clock(slots, self.cells, cfg.window, cfg.head_size)
+        return self.dynamics.step(self.current[self._rows(slots)], action, self.caches, clock)
 
     def _pixels(self, slots: list[int]) -> Tensor:
         """Frames uint8 (S, H, W, C) of the slots' current tokens; writes the tokenizer decoder's cells."""
         cfg = self.tokenizer.cfg.decoder
-        clock = self._clock(slots, self._cells[1], cfg.window, cfg.head_size)
-        return self.tokenizer.decoder_step(self._current[self._rows(slots)], self._pixel_caches, clock)
+        clock = self._clock(slots, self._pixel_cells, cfg.window, cfg.head_size)
+        return self.tokenizer.decoder_step(self.current[self._rows(slots)], self._pixel_caches, clock)

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.config import ModelError, SamplerConfig
+from models.maskgit import draw, halton_order, reveal_counts
 from models.noise import uniform
-from models.sampler import Decoder, Window, draw, halton_order, reveal_counts
+from models.sampler import Decoder, Window
 
 FRAMES, CODES, ACTIONS, TOKENS = 4, 16, 3, 9
 RELAXED = settings(
@@ -112,7 +113,7 @@ def test_without_the_commit_pass_the_cache_is_wrong(make_world, clip, monkeypatc
     features = Decoder._features
 
     def lazy(self, slots):
-        caches = [c for c in self._caches if c is not None]
+        caches = [c for c in self.caches if c is not None]
         before = [(c.keys.clone(), c.values.clone()) for c in caches]
         x = features(self, slots)
         if any(self._slots[i].phase == 2 for i in slots):

@@ -8,10 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.config import SamplerConfig
 from models.dynamics import Dynamics
+from models.maskgit import draw, reveal_counts
 from models.metrics import perplexity
 from models.noise import uniform_for
 from models.quantizer import Codebook
-from models.sampler import Decoder, draw, reveal_counts
+from models.sampler import Decoder
 from models.world import CoTraining
 
 FRAMES, CODES, ACTIONS, TOKENS = 4, 16, 3, 9
@@ -340,7 +341,7 @@ def test_trap_10_refinement_never_waits_for_the_device(make_world, clip, order):
             assert decoder.advance() == []
     assert reads.found == []
     with HostReads() as reads:
-        decoder._current[0, 0].item()
+        decoder.current[0, 0].item()
     assert reads.found != []
 
 
