@@ -46,7 +46,7 @@ class Registry:
     """
 
     def __init__(self, config: TrackingConfig, home: Home) -> None:
-        self.uri, self.home, self._experiment = config.uri or home.tracking_uri, home, config.experiment
+        self.uri, self.home, self._config = config.uri or home.tracking_uri, home, config
         self._client = connect(self.uri)
 
     def aliases(self, name: str) -> dict[str, str]:
@@ -74,9 +74,8 @@ class Registry:
             meant = self._aliases(name).get(wanted, f"{name}@v{wanted.removeprefix('v')}")
             if (self.home.artifacts / name / meant.partition("@")[2]).exists():
                 made = resolve(self.home, meant, kind="world")
-                experiment = self._client.get_experiment_by_name(self._experiment)
                 about = made.path, made.reference, made.fingerprint
-                register(self._client, experiment.experiment_id if experiment else "0", None, *about)
+                register(self._client, experiment_id(self._client, self._config, self.home), None, *about)
             found = self._version(name, meant)
             self._client.set_registered_model_alias(name, alias, found.version)
             if alias == CHAMPION and self._aliases(name).get(CANDIDATE) == found.tags[REFERENCE_TAG]:
@@ -162,6 +161,15 @@ def register(
     made = client.create_model_version(name, model.artifact_location, run_id, tags)
     held = client.get_registered_model(name).aliases
     client.set_registered_model_alias(name, CANDIDATE if CHAMPION in held else CHAMPION, made.version)
+
+
+def experiment_id(client: "MlflowClient", config: TrackingConfig, home: Home) -> str:
+    """The configured experiment, made where there is none; files of the embedded store go to the home."""
+    found = client.get_experiment_by_name(config.experiment)
+    if found is not None:
+        return found.experiment_id
+    files = None if config.uri else (home.path / "mlartifacts").as_uri()
+    return client.create_experiment(config.experiment, artifact_location=files)
 
 
 def connect(uri: str) -> "MlflowClient":

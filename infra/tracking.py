@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infra.config import Home, TrackingConfig
-from infra.registry import connect, register
+from infra.registry import connect, experiment_id, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -214,7 +214,7 @@ class Run:
                 client.log_artifact(self._id(), record["path"], record["to"] or None)
             case "model":
                 about = Path(record["path"]), record["reference"], record["fingerprint"]
-                register(client, self._experiment(client), self._id(), *about)
+                register(client, experiment_id(client, self.config, self.home), self._id(), *about)
             case "status":
                 client.set_terminated(self._id(), record["value"])
 
@@ -228,7 +228,7 @@ class Run:
         if self._client is not None:
             return self._client
         client = connect(self.uri)
-        experiment = self._experiment(client)
+        experiment = experiment_id(client, self.config, self.home)
         if self.run_id is None:
             found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{self.key}'", max_results=1)
             tags = {KEY_TAG: self.key}
@@ -238,13 +238,6 @@ class Run:
         client.update_run(self.run_id, status="RUNNING")
         self._client = client
         return client
-
-    def _experiment(self, client: "MlflowClient") -> str:
-        found = client.get_experiment_by_name(self.config.experiment)
-        if found is not None:
-            return found.experiment_id
-        files = None if self.config.uri else (self.home.path / "mlartifacts").as_uri()
-        return client.create_experiment(self.config.experiment, artifact_location=files)
 
     def _save_state(self) -> None:
         temporary = self._state_file.with_suffix(".tmp")
