@@ -23,6 +23,7 @@ from deltalake import DeltaTable, Schema
 from infra.config import Home
 from pipelines.buckets import BucketPath, is_remote, place
 from pipelines.tables import (
+    CHECKPOINT_EVERY,
     DatasetError,
     append,
     delta_table,
@@ -30,6 +31,7 @@ from pipelines.tables import (
     open_table,
     parquet,
     placed,
+    read_rows,
     rewrite,
     table_files,
 )
@@ -136,10 +138,22 @@ class Writer:
     def __init__(self, folder: Path, config_digest: str = "") -> None:
         self.folder = folder
         self.config_digest = config_digest
+        self._open: dict[str, DeltaTable] = {}
+
+    def _table(self, name: str) -> DeltaTable | None:
+        """A table at its newest version. Opened anew after a checkpoint: an open one follows every older commit."""
+        table = self._open.pop(name, None)
+        if table is None or table.version() % CHECKPOINT_EVERY == 0:
+            table = delta_table(self.folder / name)
+        else:
+            table.update_incremental()
+        if table is not None:
+            self._open[name] = table
+        return table
 
     def committed(self, units: Iterable[str]) -> set[str]:
         """Which of the units exist. The log remembers a unit even when all of its rows are gone."""
-        table = delta_table(self.folder / "videos")
+        table = self._table("videos")
         return {unit for unit in units if knows(table, unit)}
 
     def commit(self, units: list[Unit], message: str = "units", again: Mapping[str, str] | None = None) -> int:
@@ -153,7 +167,7 @@ class Writer:
         Returns:
             The dataset's version.
         """
-        clips, videos = delta_table(self.folder / "clips"), delta_table(self.folder / "videos")
+        clips, videos = self._table("clips"), self._table("videos")
         new_clips = [u for u in units if u.clips is not None and not knows(clips, u.unit_id)]
         clips_version = clips.version() if clips is not None else -1
         if new_clips or clips is None:
@@ -229,7 +243,7 @@ class Dataset:
 
     def video_table(self, columns: list[str] | None = None) -> pa.Table:
         """The ledger: one row a source video, sorted by its uri."""
-        return _read(_files_at(self.folder / "videos", self.version), VIDEO_SCHEMA, columns, "uri")
+        return read_rows(_files_at(self.folder / "videos", self.version), VIDEO_SCHEMA, columns, "uri")
 
     def clip_files(self) -> list[Path]:
         """The Parquet files of the clips table, sorted."""
@@ -243,7 +257,7 @@ class Dataset:
             split: "train", "test", or both.
         """
         wanted = columns or CLIP_SCHEMA.names
-        table = _read(
+        table = read_rows(
             self.clip_files(), CLIP_SCHEMA, [*dict.fromkeys([*wanted, "clip_id", "video_id", "split"])], "clip_id"
         )
         return table.filter(self._belongs(split)).select(wanted)
@@ -324,7 +338,7 @@ def check_schema(folder: Path, ledger: DeltaTable | None) -> None:
 def open_ledger(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
     """The newest ledger's rows, sorted by uri."""
     root = folder / "videos"
-    return _read(table_files(open_table(root), root), VIDEO_SCHEMA, columns, "uri").to_pylist()
+    return read_rows(table_files(open_table(root), root), VIDEO_SCHEMA, columns, "uri").to_pylist()
 
 
 def versions(home: Home | Path, name: str) -> list[Version]:
@@ -371,22 +385,3 @@ def _clips_version(folder: Path, version: int) -> int:
 
 def _files_at(root: Path, version: int) -> list[Path]:
     return table_files(open_table(root, version), root)
-
-
-def _read(files: list[Path], schema: pa.Schema, columns: list[str] | None, key: str) -> pa.Table:
-    wanted = columns or schema.names
-    needed = [*dict.fromkeys([*wanted, key])]
-    unknown = [c for c in needed if c not in schema.names]
-    if unknown:
-        raise DatasetError(f"no column {unknown[0]!r}: there are {', '.join(schema.names)}")
-    empty = pa.schema([schema.field(c) for c in needed]).empty_table()
-    return pa.concat_tables([empty, *(_columns(f, needed) for f in files)]).sort_by(key).select(wanted)
-
-
-def _columns(path: Path, columns: list[str]) -> pa.Table:
-    try:
-        return parquet(path).read(columns=columns).select(columns)
-    except FileNotFoundError as error:
-        raise DatasetError(
-            f"{path} was removed on request: this version can't be read any more, name a newer one"
-        ) from error

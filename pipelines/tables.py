@@ -22,6 +22,7 @@ from deltalake.exceptions import TableNotFoundError
 from deltalake.transaction import (
     AddAction,
     CommitProperties,
+    PostCommitHookProperties,
     RemoveAction,
     Transaction,
     create_table_with_add_actions,
@@ -32,6 +33,9 @@ from pipelines.buckets import BucketPath, delta_location
 
 ROW_GROUP = 8
 CHECKPOINT_EVERY = 20
+KEEP_LOG = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
+"""The log is a dataset's versions: left to itself Delta deletes what is older than 30 days. Looking for that made late
+commits twice as slow, too."""
 DRAFT = ".part"
 STALE_S = 3600.0
 Change = Callable[[dict[str, Any]], dict[str, Any] | None]
@@ -133,12 +137,17 @@ def append(
             name=root.name,
             storage_options=options,
             commit_properties=properties,
+            post_commithook_properties=KEEP_LOG,
         )
         return 0
     if without is not None:
         actions += _rewritten(root, table, schema, without)
     table.create_write_transaction(
-        actions, mode="append", schema=Schema.from_arrow(schema), commit_properties=properties
+        actions,
+        mode="append",
+        schema=Schema.from_arrow(schema),
+        commit_properties=properties,
+        post_commithook_properties=KEEP_LOG,
     )
     table.update_incremental()
     if table.version() % CHECKPOINT_EVERY == 0:
@@ -211,7 +220,11 @@ def rewrite(
         return table.version()
     properties = CommitProperties(custom_metadata=facts)
     table.create_write_transaction(
-        actions, mode="append", schema=Schema.from_arrow(schema), commit_properties=properties
+        actions,
+        mode="append",
+        schema=Schema.from_arrow(schema),
+        commit_properties=properties,
+        post_commithook_properties=KEEP_LOG,
     )
     return table.version() + 1
 
@@ -253,3 +266,27 @@ def placed(path: Path, columns: list[str]) -> pa.Table:
     table = table.append_column("file", pa.array([path.name] * len(rows), pa.string()))
     table = table.append_column("row_group", pa.array(groups, pa.int32()))
     return table.append_column("row", pa.array(rows, pa.int32()))
+
+
+def read_rows(files: list[Path], schema: pa.Schema, columns: list[str] | None, key: str) -> pa.Table:
+    """Columns of a table's files, sorted by one of them.
+
+    Raises:
+        DatasetError: no such column, or a file was deleted for a takedown request.
+    """
+    wanted = columns or schema.names
+    needed = [*dict.fromkeys([*wanted, key])]
+    unknown = [c for c in needed if c not in schema.names]
+    if unknown:
+        raise DatasetError(f"no column {unknown[0]!r}: there are {', '.join(schema.names)}")
+    empty = pa.schema([schema.field(c) for c in needed]).empty_table()
+    return pa.concat_tables([empty, *(_columns(f, needed) for f in files)]).sort_by(key).select(wanted)
+
+
+def _columns(path: Path, columns: list[str]) -> pa.Table:
+    try:
+        return parquet(path).read(columns=columns).select(columns)
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"{path} was removed on request: this version can't be read any more, name a newer one"
+        ) from error
