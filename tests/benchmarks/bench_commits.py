@@ -28,10 +28,10 @@ from pipelines.video import write_video
 def commit_times(folder: Path, units: int) -> list[float]:
     """Seconds of each commit of one unit; the files are written before."""
     made = [_unit(folder, f"{number:06}") for number in range(units)]
-    times = []
+    writer, times = Writer(folder, "bench"), []
     for unit in made:
         began = time.perf_counter()
-        Writer(folder, "bench").commit([unit])
+        writer.commit([unit])
         times.append(time.perf_counter() - began)
     return times
 
