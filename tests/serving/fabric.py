@@ -92,7 +92,7 @@ class Fabric:
         """Ends everything."""
         try:
             said, _ = self.process.communicate(timeout=90)  # ends its stdin
-            assert "failed" not in said, "stopping shows nothing that looks like an error"
+            assert "graceful_shutdown" not in said, "stopping shows nothing that looks like an error"
         finally:
             self.process.kill()
             if self.servers:

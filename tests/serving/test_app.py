@@ -1,6 +1,8 @@
 """The whole application on Ray Serve: two tiers, and what is left when a process of one is killed."""
 
 import socket
+import tempfile
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -50,14 +52,21 @@ def test_colocated_gateways_play_the_same_world(served_home, world, tmp_path):
         assert (count["gateway"], count["model"], count["fleet"]) == (1, 0, 0)
 
 
-def test_the_same_behind_haproxy(served_home, world, tmp_path):
+@pytest.fixture
+def sockets():
+    """A folder with a name short enough for a Unix socket in it."""
+    with tempfile.TemporaryDirectory(prefix="lw", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_the_same_behind_haproxy(served_home, world, tmp_path, sockets):
     """As a deployment on a cluster would: the variables are read when Serve's processes start."""
     environ = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(tmp_path / "haproxy" / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(tmp_path / "haproxy" / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(tmp_path / "haproxy"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(tmp_path / "haproxy" / "server-state"),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(sockets / "h.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(sockets / "h.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(sockets),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(sockets / "state"),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
@@ -65,7 +74,7 @@ def test_the_same_behind_haproxy(served_home, world, tmp_path):
     }
     with Fabric(served_home, tmp_path, environ=environ, gateways=2, slots=2) as fabric:
         assert plays(fabric.url, world, 7)
-        assert "bind" in (tmp_path / "haproxy" / "haproxy.cfg").read_text()
+        assert [p for p in sockets.rglob("h.cfg") if "bind" in p.read_text()], "HAProxy is what answers"
         assert httpx.post(f"{fabric.url}/v1/sessions", content=bytes(9 * 2**20)).status_code == 413
 
 

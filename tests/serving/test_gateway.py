@@ -296,17 +296,6 @@ def test_old_tokens_expire(served_home, engine, tmp_path):
         refused(http.get(f"/v1/sessions/{made['session']}", headers=bearer(made)), 401, "token-expired")
 
 
-def test_headers_that_serve_obeys_do_not_get_through(http, session):
-    headers = {
-        **bearer(session),
-        "x-session-id": "another",
-        "serve_multiplexed_model_id": "m",
-        "x-request-timeout-seconds": "0",
-    }
-    answer = http.post(f"/v1/sessions/{session['session']}/step", json={"n": 1, "action": 1}, headers=headers)
-    assert answer.json()["step"] == 1
-
-
 # -- what they refuse: the play socket ---------------------------------------------------------------------------------
 
 
@@ -468,6 +457,17 @@ def test_a_fast_player_is_slowed_down_not_refused(served_home, engine, tmp_path)
         for _ in range(8):
             player.step(1)
         assert time.perf_counter() - began > 7 / 20
+
+
+def test_who_attaches_last_plays(local, session):
+    with socket(local, session) as first:
+        first.recv(timeout=20)
+        with socket(local, session) as second:
+            second.recv(timeout=20)
+            code, reason = closed_with(first, [pack_step(1, 0)])
+            assert (code, "opened somewhere else" in reason) == (4410, True)
+            second.send(pack_step(1, 2))
+            assert FrameMessage.unpack(second.recv(timeout=20)).action == 2
 
 
 def test_a_deleted_session_ends_its_socket(http, local, session):

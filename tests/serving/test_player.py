@@ -10,7 +10,8 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from serving.client import WorldClient
-from tests.serving.conftest import ACTIONS, GATEWAY, SIZE, picture, replicas
+from serving.config import Limits
+from tests.serving.conftest import ACTIONS, GATEWAY, SIZE, gateway_of, picture, replicas
 from tests.serving.test_pictures import encoded
 
 CHROMIUM = "/usr/bin/chromium"
@@ -48,13 +49,27 @@ def page(chromium, request):
     assert errors == []
 
 
-def drawn(page):
-    """A digest of the pixels on the canvas."""
-    pixels = page.evaluate("""() => {
-        const canvas = document.getElementById("canvas");
-        return Array.from(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data);
-    }""")
-    return hashlib.sha256(bytes(pixels)).hexdigest()
+DIGEST = """
+window.digest = (id) => {
+    const canvas = document.getElementById(id), { width, height } = canvas;
+    let hash = 2166136261n;
+    for (const byte of canvas.getContext("2d").getImageData(0, 0, width, height).data)
+        hash = ((hash ^ BigInt(byte)) * 1099511628211n) & 0xffffffffffffffffn;
+    return hash.toString(16);
+};
+"""
+
+
+def drawn(page, canvas="canvas"):
+    """A digest (FNV-1a) of the pixels on a canvas."""
+    page.evaluate(f"() => {{ {DIGEST} }}")
+    return page.evaluate("(id) => window.digest(id)", canvas)
+
+
+def shoot(page, name):
+    """A picture of the page for people to look at: `LAMPWORKS_SHOTS=folder`."""
+    if os.environ.get("LAMPWORKS_SHOTS"):
+        page.screenshot(path=Path(os.environ["LAMPWORKS_SHOTS"]) / f"{name}.png", full_page=True)
 
 
 def start(page, url):
@@ -88,6 +103,10 @@ def test_thirty_presses_draw_thirty_frames(page, local):
     assert float(page.locator("#rtt").inner_text()) > 0
     assert page.locator("#fact-seed").inner_text() == "7"
     assert page.locator("#fact-model").inner_text() == "toy@v1"
+    shoot(page, "game-desktop")
+    page.get_by_role("button", name="New world").click()
+    expect(page.locator("#recent-list button")).to_have_count(1)
+    shoot(page, "start-desktop")
 
 
 def test_a_killed_gateway_costs_the_page_no_step(page, served):
@@ -245,3 +264,147 @@ def test_the_page_fits_the_screen_and_plays_without_a_mouse(page, local):
     expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).not_to_be_visible()
+
+
+def test_a_picture_may_be_pasted_or_dropped(page, local):
+    page.goto(local)
+    expect(page.locator("#play")).to_be_enabled()
+    seen = []
+    for how in ("paste", "drop"):
+        before = drawn(page, "preview")
+        page.evaluate(
+            """async ([how, bytes]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], "mine.png", { type: "image/png" }));
+            const event = how === "paste"
+                ? new ClipboardEvent("paste", { clipboardData: data, bubbles: true })
+                : new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
+            document.getElementById(how === "paste" ? "main" : "drop").dispatchEvent(event);
+        }""",
+            [how, list(encoded(picture(11 if how == "paste" else 12)))],
+        )
+        expect(page.get_by_role("tab", name="Upload or paste")).to_have_attribute("aria-selected", "true")
+        page.wait_for_function("([id, old]) => window.digest(id) !== old", arg=["preview", before])
+        page.get_by_role("button", name="Play", exact=True).click()
+        expect(page.locator("#canvas")).to_have_attribute("data-step", "0")
+        seen.append(drawn(page))
+        page.get_by_role("button", name="New world").click()
+    assert seen[0] != seen[1]
+
+
+def test_several_pictures_are_frames_of_one_moment(page, local, tmp_path):
+    files = []
+    for i in range(3):
+        files.append(tmp_path / f"{i}.png")
+        files[-1].write_bytes(encoded(picture(i)))
+    page.goto(local)
+    page.get_by_role("tab", name="Upload or paste").click()
+    page.locator("#file").set_input_files(files)
+    expect(page.locator("#frames")).to_have_text("3 frames; play goes on from the last.")
+    page.get_by_role("button", name="Play", exact=True).click()
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "2")
+    press(page, "1", 3)
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "1")
+
+
+def test_words_are_taken_where_the_server_takes_them(page, served_home, engine, tmp_path, local, painter):
+    page.goto(local)
+    expect(page.locator("#play")).to_be_enabled()
+    expect(page.locator("#tab-text")).to_be_hidden()
+
+    with gateway_of(served_home, engine, tmp_path / "db", painter=painter) as url:
+        page.goto(url)
+        page.get_by_role("tab", name="Describe").click()
+        expect(page.locator("#play")).to_be_disabled()
+        page.locator("#text").fill("a green hill")
+        page.get_by_role("button", name="Play", exact=True).click()
+        expect(page.locator("#canvas")).to_have_attribute("data-step", "0")
+        press(page, "2", 1)
+
+
+def test_the_start_lists_worlds_and_sessions(page, served_home, engine, tmp_path):
+    keys = (hashlib.sha256(b"sesame").hexdigest(),)
+    with gateway_of(served_home, engine, tmp_path / "db", keys=keys) as url:
+        with WorldClient(url, key="sesame") as client:
+            other = client.create(gallery="1", seed=1)
+            other.step(1)
+            page.goto(url)
+            world = page.get_by_role("radio", name="toy@v1")
+            expect(world).to_be_checked()
+            expect(world).to_contain_text(f"{SIZE} × {SIZE} · 10 frames/s · {ACTIONS} actions")
+            expect(world).to_contain_text("1 player now")
+            page.get_by_role("button", name="Play", exact=True).click()
+            expect(page.locator("#launch-error")).to_contain_text("needs an API key")
+            page.get_by_label("API key").fill("sesame")
+            page.get_by_label("API key").blur()
+            card = page.locator(f"[data-session='{other.id}']")
+            expect(card).to_contain_text("step 1")
+            expect(card).to_contain_text("being played")
+            other.close()
+        card.click()
+        expect(page.locator("#canvas")).to_have_attribute("data-step", "1")
+        press(page, "1", 2)
+        assert "sesame" not in page.evaluate("() => JSON.stringify(localStorage)"), "an API key is kept nowhere"
+        page.get_by_role("button", name="New world").click()
+        page.get_by_role("button", name="Play", exact=True).click()
+        expect(page.locator("#canvas")).to_have_attribute("data-step", "0")
+        page.get_by_role("button", name="New world").click()
+        expect(page.locator("#recent-list button")).to_have_count(2)
+
+
+def test_a_full_server_shows_the_place_in_line(page, served_home, engine, tmp_path):
+    limits = Limits(live_players=1, creates_per_min=2)
+    with gateway_of(served_home, engine, tmp_path / "db", limits=limits) as url, WorldClient(url) as client:
+        other = client.create(gallery="1")
+        other.step(1)
+        page.goto(url)
+        page.get_by_role("button", name="Play", exact=True).click()
+        expect(page.locator("#state")).to_have_attribute("data-state", "queued")
+        expect(page.locator("#veil-text")).to_contain_text("number 1 in line")
+        shoot(page, "queued")
+        other.close()
+        expect(page.locator("#canvas")).to_have_attribute("data-step", "0")
+        expect(page.locator("#veil")).to_be_hidden()
+        press(page, "1", 1)
+        page.get_by_role("button", name="New world").click()
+        page.get_by_role("button", name="Play", exact=True).click()
+        expect(page.locator("#launch-error")).to_contain_text("2 sessions a minute are allowed")
+        expect(page.locator("#state")).to_have_text(re.compile(r"again in \d+ s"))
+
+
+def test_a_gamepad_plays(page, local):
+    start(page, local)
+    page.evaluate("""() => {
+        window.held = 2;
+        navigator.getGamepads = () => [{ buttons: [0, 1, 2, 3].map((i) => ({ pressed: i === window.held })) }];
+        window.dispatchEvent(new Event("gamepadconnected"));
+    }""")
+    expect(page.locator("#pad-actions button[data-down]")).to_have_attribute("data-action", "2")
+    page.evaluate("() => { window.held = -1; }")
+    expect(page.locator("#pad-actions button[data-down]")).to_have_count(0)
+    step = int(page.locator("#canvas").get_attribute("data-step"))
+    assert step >= 1
+    with WorldClient(local) as client:
+        kept = page.evaluate("() => JSON.parse(localStorage['lampworks.sessions'])")[0]
+        assert client.resume(kept["session"], kept["token"]).history()["history"][1] == 2
+
+
+def test_a_finger_plays_on_a_phone(chromium, local):
+    context = chromium.new_context(viewport=PHONE, has_touch=True, is_mobile=True, device_scale_factor=2)
+    page = context.new_page()
+    page.set_default_timeout(20000)
+    page.goto(local)
+    page.get_by_role("radio", name="Picture 3").tap()
+    shoot(page, "start-phone")
+    page.get_by_role("button", name="Play", exact=True).tap()
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "0")
+    page.locator("#pad-actions button").nth(1).tap()
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "1")
+    page.locator("#pad-actions button").nth(4).tap()
+    expect(page.locator("#canvas")).to_have_attribute("data-step", "2")
+    shoot(page, "game-phone")
+    page.get_by_role("button", name="Fork here").tap()
+    expect(page.locator("#toast")).to_contain_text("Forked at step 2")
+    context.close()

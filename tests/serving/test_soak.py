@@ -99,14 +99,15 @@ def stalls(played, killed):
     """For each kill, what was down and how long at most a player waited for one of the next two frames."""
     for kinds, moment in killed:
         after = [[s for s in p.spans if s[1] > moment][:2] for p in played]
-        yield "+".join(kinds), max(answer - max(asked, moment) for spans in after for asked, answer in spans)
+        waits = [max((answer - max(asked, moment) for asked, answer in spans), default=0.0) for spans in after]
+        yield "+".join(kinds), max(waits), np.median(waits)
 
 
 def run(home, world, folder, seed, sessions, steps, kinds, **more):
     with Fabric(home, folder, nodes=2, seed=seed, gateways=2, replicas=2, slots=4, **more) as fabric:
         played, killed = asyncio.run(soak(fabric, seed, sessions, steps, kinds))
-        for down, stall in stalls(played, killed):
-            log.info("soak | seed %d | killed %s | longest stall %.2f s", seed, down, stall)
+        for down, longest, median in stalls(played, killed):
+            log.info("soak | seed %d | killed %s | stall %.2f s, median player %.2f s", seed, down, longest, median)
         log.info("soak | seed %d | reconnects %s", seed, [p.player.reconnects for p in played])
         check(fabric, world, seed, played)
 
