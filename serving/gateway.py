@@ -21,7 +21,7 @@ from serving.bodies import CREATE_BODY, REFUSED, ForkBody, RolloutBody, StepBody
 from serving.config import ServeConfig
 from serving.edge import Edge
 from serving.export import session_mp4
-from serving.line import Line
+from serving.line import Line, Pace
 from serving.painter import Painting, check_text
 from serving.pictures import fit, read_picture
 from serving.play import PlaySocket
@@ -74,6 +74,7 @@ class Gateway:
         self.sessions = Sessions(store, worlds, limits, config.keys)
         self.rollouts = Rollouts(self.sessions)
         self.players = Line("players", limits.live_players, limits.waiting_players)
+        self.pace = Pace(limits.steps_per_s)
         self.creating = Line("prompts", limits.creates_at_once, 4 * limits.creates_at_once)
         self.exporting = Line("videos", limits.exports_at_once, 8 * limits.exports_at_once)
 
@@ -211,6 +212,7 @@ class Gateway:
     async def step(self, session_id: str, body: StepBody, authorization: Bearer = None) -> dict[str, Any]:
         """Takes step n; asked for again, it gives the stored frame."""
         session = self._open(session_id, authorization)
+        await self.pace.turn(session.id)
         _, message = await self.sessions.step(session, body.n, body.action)
         return {
             "step": message.step,

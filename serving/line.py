@@ -1,6 +1,7 @@
 """Places that are taken and given back, and a line before them: first come, first served, and told where it stands."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -10,6 +11,10 @@ TELL_S = 2.0
 """How often those who wait are told their position; who has left is noticed by it."""
 RETRY_S = 15.0
 """When to come back to a full line."""
+PATIENCE_S = 1.0
+"""Longest wait for a turn."""
+REMEMBERED = 4096
+"""Names after which those whose turn has come are forgotten."""
 
 
 class Line:
@@ -71,3 +76,32 @@ class Line:
             self._waiting.pop(0).set_result(None)  # the place changes hands
         else:
             self.taken -= 1
+
+
+class Pace:
+    """Turns at a steady rate for each of many names: who is early waits, who is far too early is refused.
+
+    Args:
+        per_s: turns of one name in a second.
+    """
+
+    def __init__(self, per_s: float) -> None:
+        self.per_s = per_s
+        self._next: dict[str, float] = {}
+
+    async def turn(self, name: str) -> None:
+        """Returns when it is the name's turn.
+
+        Raises:
+            Problem: 429 when that would be in more than `PATIENCE_S`.
+        """
+        now = time.monotonic()
+        at = max(now, self._next.get(name, 0.0))
+        if at - now > PATIENCE_S:
+            raise Problem(
+                429, "too-many-steps", f"more than {self.per_s:g} steps a second", retry_after_s=1, limit=self.per_s
+            )
+        if len(self._next) > REMEMBERED:
+            self._next = {other: due for other, due in self._next.items() if due > now}
+        self._next[name] = at + 1 / self.per_s
+        await asyncio.sleep(at - now)

@@ -16,3 +16,14 @@ export async function call(path, { token, method = "GET", body, json } = {}) {
   return answer;
 }
 export const callJson = async (...args) => (await call(...args)).json();
+
+const REMEMBERED = 12;
+export const remembered = () => memory.read("sessions", []);
+export const forget = (id) => memory.write("sessions", remembered().filter((s) => s.session !== id));
+
+/** Keeps a session's token in this browser, unless it is an API key, which is kept nowhere. */
+export function remember({ session, token, model, step, borrowed }, thumb) {
+  if (borrowed) return;
+  const rest = remembered().filter((s) => s.session !== session), old = remembered().find((s) => s.session === session);
+  memory.write("sessions", [{ session, token, model, step, thumb: thumb ?? old?.thumb }, ...rest].slice(0, REMEMBERED));
+}

@@ -54,8 +54,9 @@ export class Link {
 
   receive(data) {
     if (typeof data === "string") {
-      const { state } = JSON.parse(data);
-      this.onState(state, state === "resuming" ? "resuming" : "live");
+      const { state, position } = JSON.parse(data);
+      this.attempt = 0;
+      this.onState(state, state === "queued" ? `number ${position} in line` : state);
       return;
     }
     const view = new DataView(data);
