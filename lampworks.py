@@ -352,7 +352,7 @@ def _show_one(home: Any, reference: str) -> list[str]:
     from infra import artifact
     from pipelines import shards
 
-    if (home.datasets / reference.split("@")[0]).is_dir():
+    if "://" in reference or (home.datasets / reference.split("@")[0]).is_dir():
         return [str(version) for version in shards.versions(home, reference.split("@")[0])]
     walked = artifact.lineage(home, reference)
     record = {k: v for k, v in artifact.describe(walked[0]).items() if k != "files"}

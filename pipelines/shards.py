@@ -238,8 +238,7 @@ class Dataset:
     @property
     def reference(self) -> str:
         """`name@version`: what a training names as its parent."""
-        where = self.folder.uri if isinstance(self.folder, BucketPath) else self.name
-        return f"{where}@{self.version}"
+        return f"{self.folder if isinstance(self.folder, BucketPath) else self.name}@{self.version}"
 
     def video_table(self, columns: list[str] | None = None) -> pa.Table:
         """The ledger: one row a source video, sorted by its uri."""

@@ -16,14 +16,13 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from infra.artifact import Artifact, resolve
 from infra.cluster import connect
 from infra.config import Home, UserError, digest
 from pipelines.config import TokenizeConfig
 from pipelines.shards import Dataset, open_dataset
-from pipelines.tables import append, delta_table, placed, table_files, write_shard
+from pipelines.tables import append, delta_table, parquet, placed, table_files, write_shard
 from pipelines.video import decode_clip
 
 log = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ class TokenTable:
             if len(self._kept) > 64 * ROW_GROUP:
                 self._kept.clear()
             name, group, _ = self.places[clip_id]
-            rows = pq.ParquetFile(self.folder / name, memory_map=True).read_row_group(group)
+            rows = parquet(self.folder / name).read_row_group(group)
             for row in rows.to_pylist():
                 tokens = np.frombuffer(row["tokens"], dtype="<u2")
                 self._kept[row["clip_id"]] = tokens.reshape(row["n_frames"], row["tokens_per_frame"])

@@ -6,9 +6,14 @@ from deltalake import DeltaTable
 
 from infra.config import UserError
 from pipelines.buckets import BucketPath, delta_location, place
-from pipelines.shards import VIDEO_SCHEMA, DatasetError, open_dataset
+from pipelines.config import TokenizeConfig
+from pipelines.shards import VIDEO_SCHEMA, DatasetError, open_dataset, versions
 from pipelines.tables import write_shard
+from pipelines.tokenize import tokenize
+from pipelines.train import train
 from tests.pipelines.clips import write_dataset
+from tests.pipelines.ranks import config
+from tests.pipelines.remote import upload
 from tests.pipelines.test_shards import unit
 
 FAR = "s3://bucket/pre fix/\u00fc?endpoint_override=host:9000&scheme=http"
@@ -73,14 +78,11 @@ def test_the_environment_names_the_endpoint_too(bucket, monkeypatch):
 def test_a_dataset_in_a_bucket_is_read_like_one_at_home(home, bucket):
     uri, options = bucket
     here = open_dataset(home, write_dataset(home) and "toys")
-    folder = place(f"{uri}/sets/toys{options}")
-    for part in ("clips", "videos"):
-        for path in (here.folder / part).rglob("*"):
-            if path.is_file():
-                (folder / part / path.relative_to(here.folder / part)).upload(path)
+    folder = place(upload(here.folder, f"{uri}/sets/toys", options))
     there = open_dataset(home, f"{folder}@0")
     assert isinstance(there.folder, BucketPath)
-    assert there.reference == f"{uri}/sets/toys@0"
+    assert open_dataset(home, there.reference) == there
+    assert [v.number for v in versions(home, str(folder))] == [0]
     assert there.index() == here.index()
     assert there.read_clips(there.index()) == here.read_clips(here.index())
     assert (
@@ -101,3 +103,15 @@ def test_a_table_of_another_release_is_one_sentence(home):
     tables.append(folder / "videos", older, None, [("u", made.videos)], {"clips_version": "0"})
     with pytest.raises(DatasetError, match="another release: its column 'windows' is missing"):
         open_dataset(home, "d")
+
+
+def test_training_and_tokens_reach_into_a_bucket(tracked_home, bucket, ray_cluster):
+    uri, options = bucket
+    write_dataset(tracked_home)
+    there = upload(tracked_home.datasets / "toys", f"{uri}/sets/toys", options)
+    made = train(config(tracked_home, steps=2, dataset=there))
+    assert made.parents["dataset"] == f"{there}@0"
+    table = tokenize(TokenizeConfig(home=tracked_home.path, dataset=there))
+    assert isinstance(table.folder, BucketPath)
+    ids = open_dataset(tracked_home, there).index()["clip_id"].to_pylist()
+    assert len(table.places.keys() & set(ids)) == len(ids) == 6
