@@ -66,6 +66,9 @@ class RemoteModel:
                 return done
             lane = self._lanes.setdefault(home, _Lane(self._handle))
             done = await lane.step(job)
+        except asyncio.CancelledError:  # it took too long: the next try asks the router again
+            self._settle(job.session, None)
+            raise
         except UNAVAILABLE as error:
             self._settle(job.session, None)
             raise ModelUnavailable(str(error)) from error

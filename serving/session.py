@@ -38,6 +38,8 @@ NO_ACTION = 255
 RETRY_S = 0.05
 """First pause before a step is asked for again; it doubles up to a quarter of a second."""
 
+ATTEMPTS = 3
+"""A call that is never answered, as one to a node that has just died, is given up after this part of the timeout."""
 LIVE_S = 30.0
 """A session without a socket counts as played for this long after a step."""
 
@@ -273,7 +275,8 @@ class Sessions:
         pause_s, interrupted = RETRY_S, False
         while True:
             try:
-                async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+                left_s = deadline - time.monotonic()
+                async with asyncio.timeout(min(left_s, self.limits.step_timeout_s / ATTEMPTS)):
                     answer = await ask()
                 if interrupted and on_state:
                     await on_state("live")
