@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -151,3 +153,32 @@ def test_small_files_are_read_whole(web, tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.fetch.SMALL_BYTES", 1000)
     with pytest.raises(FetchError, match="too_large"):
         read_small(f"{web.url}/v%20%C3%BC.mp4")
+
+
+def test_memory_does_not_grow_with_the_file(web, bucket, tmp_path):
+    """Of a process of its own, after a small file: what 60 MB more add to its peak."""
+    from pipelines.buckets import place
+
+    uri, options = bucket
+    with (tmp_path / "web" / "large.mp4").open("wb") as file:
+        file.truncate(60 << 20)
+    place(f"{uri}/large.mp4{options}").upload(tmp_path / "web" / "large.mp4")
+    place(f"{uri}/small.mp4{options}").write_bytes(DATA)
+    script = f"""
+import resource
+from pathlib import Path
+from pipelines.config import FetchConfig
+from pipelines.fetch import fetched
+policy = FetchConfig(scratch=Path({str(tmp_path)!r}))
+def peak(*locations):
+    for location in locations:
+        with fetched(location, None, policy) as got:
+            print(got.path.stat().st_size)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak("{web.url}/v%20%C3%BC.mp4", "{uri}/small.mp4{options}")
+print(peak("{web.url}/large.mp4", "{uri}/large.mp4{options}") - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    sizes = [int(line) for line in done.stdout.split()]
+    assert sizes[:4] == [len(DATA)] * 2 + [60 << 20] * 2, done.stderr
+    assert sizes[4] < 30 << 10  # kB
