@@ -8,9 +8,6 @@ from infra.config import ClusterConfig, TrackingConfig, UserError, within
 from models.config import SamplerConfig
 from pipelines.train_config import TrainConfig
 
-CODECS = ("h264_444", "h264_420")
-
-
 # -- record ------------------------------------------------------------------------------------------------------
 
 
@@ -167,8 +164,8 @@ class CurateConfig:
     """What to do with another shape: black bars, cut the edges, or stretch."""
     crop_bars: bool = True
     """Cut off black bars that a whole video has on opposite sides, before it is brought into shape."""
-    codec: Literal["h264_444", "h264_420"] = "h264_444"
-    """How clips are stored; 4:2:0 saves 9% and caps quality at about 35 dB at this size."""
+    codec: Literal["h264_444", "h264_420", "jpeg444", "raw_zstd"] = "h264_444"
+    """How clips are stored; 4:2:0 saves 9% and caps quality at about 35 dB at this size. docs/data.md compares them."""
     crf: int = 15
     """x264 quality of the clips (lower is better)."""
     rules: RulesConfig = field(default_factory=RulesConfig)

@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import math
 import platform
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,15 +17,17 @@ import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 GOP = 16
 PORTABLE_ASM = ":asm=SSE2" if platform.machine() in ("x86_64", "AMD64") else ""
 """x264's newer code paths are not the same bit for bit: AVX-512 gave other bytes in 64 of 2,400 encodings of the same
 frames (core 165), AVX2 and SSE4.2 steady ones that differ from plain C's. SSE2 equals C, and costs 12% of encoding."""
-QUICK = ":subme=1:me=dia:weightp=0:no-deblock=1"
-"""Against veryfast alone: 17% less time to encode, 11% less to decode, 3% more bytes, 0.06 dB less."""
+QUICK = ":subme=0:me=dia:weightp=0:ref=2"
+"""A bit over half of veryfast's time to encode, for about the same bytes and PSNR (tests/benchmarks/bench_clips.py)."""
+JPEG = {"qmin": "2", "qmax": "2"}
+RAW, RAW_HEAD = b"LWRZ", struct.Struct("<4s4I")
 SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # the same on every machine
 BLACK = np.array([16, 128, 128], np.uint8)[:, None, None]
 Source = Path | str | IO[bytes]
@@ -134,13 +138,29 @@ def encode_clip(frames: np.ndarray, *, fps: int = 10, codec: str = "h264_444", c
 
 
 def encode_planes(planes: np.ndarray, *, fps: int, codec: str, crf: int) -> bytes:
-    """Planes uint8 (T, 3, H, W) to an mp4: x264, a key frame every 16, no B-frames, so that windows are cheap."""
+    """Planes uint8 (T, 3, H, W) to a stored clip.
+
+    `h264_444` and `h264_420` are mp4 files of x264, with a key frame every 16 and no B-frames, for cheap windows;
+    `jpeg444` is an mp4 of JPEG pictures; `raw_zstd` is lossless and our own: a head, then the planes, compressed.
+    """
+    if codec == "raw_zstd":
+        from pyarrow import compress
+
+        return RAW_HEAD.pack(RAW, *planes.shape) + compress(planes.tobytes(), codec="zstd", asbytes=True)
     target = io.BytesIO()
-    pictures = (VideoFrame.from_ndarray(p, format="yuv444p") for p in planes)
-    if codec == "h264_420":
-        scaler = VideoReformatter()
-        pictures = (scaler.reformat(p, format="yuv420p", interpolation=SCALING, threads=1) for p in pictures)
-    _encode(target, pictures, fps, "yuv444p" if codec == "h264_444" else "yuv420p", crf, GOP)
+    frames = (VideoFrame.from_ndarray(p, format="yuv444p") for p in planes)
+    if codec == "h264_444":
+        _encode(target, frames, fps, "yuv444p", crf, GOP)
+        return target.getvalue()
+    pixels, ranged = {"h264_420": ("yuv420p", ColorRange.MPEG), "jpeg444": ("yuvj444p", ColorRange.JPEG)}[codec]
+    scaler = VideoReformatter()
+    frames = (
+        scaler.reformat(
+            f, format=pixels, interpolation=SCALING, threads=1, src_color_range=ColorRange.MPEG, dst_color_range=ranged
+        )
+        for f in frames
+    )
+    _encode(target, frames, fps, pixels, crf, 1 if codec == "jpeg444" else GOP)
     return target.getvalue()
 
 
@@ -163,6 +183,7 @@ def _converted(frames: Iterable[np.ndarray]) -> Iterator[VideoFrame]:
 
 
 def _encode(target: IO[bytes], pictures: Iterable[VideoFrame], fps: int, pixels: str, crf: int, gop: int) -> None:
+    """An mp4 of x264, or of JPEG pictures where each stands alone."""
     frames = iter(pictures)
     first = next(frames)
     x264 = f"keyint={gop}:min-keyint={min(gop, 16)}:open-gop=0:bframes=0:threads=1{PORTABLE_ASM}"
@@ -170,7 +191,8 @@ def _encode(target: IO[bytes], pictures: Iterable[VideoFrame], fps: int, pixels:
     if gop == GOP:
         options |= {"preset": "veryfast", "x264-params": x264 + ":scenecut=0" + QUICK}
     with av.open(target, mode="w", format="mp4") as container:
-        stream: Any = container.add_stream("libx264", rate=Fraction(fps), options=options)
+        kind, options = ("mjpeg", JPEG) if gop == 1 else ("libx264", options)
+        stream: Any = container.add_stream(kind, rate=Fraction(fps), options=options)
         stream.width, stream.height, stream.pix_fmt = first.width, first.height, pixels
         stream.thread_type = "NONE"
         for number, frame in enumerate(itertools.chain([first], frames)):
@@ -180,27 +202,26 @@ def _encode(target: IO[bytes], pictures: Iterable[VideoFrame], fps: int, pixels:
 
 
 def decode_clip(data: bytes, start: int = 0, count: int | None = None) -> np.ndarray:
-    """Frames of a stored clip, uint8 (T, H, W, 3), from `start`; seeks to the key frame before it.
+    """Frames of a stored clip of any codec, uint8 (T, H, W, 3), from `start`; seeks to the key frame before it.
 
     Raises:
         VideoError: the bytes are no clip, or it has fewer frames.
     """
+    if data[: len(RAW)] == RAW:
+        return _decode_raw(data, start, count)
     container, stream = open_video(io.BytesIO(data))
     with container:
-        total = stream.frames
-        stop = total if count is None else start + count
-        if not 0 <= start < stop <= total:
-            raise VideoError("out_of_range", f"frames {start}..{stop} of a clip with {total}")
-        rate, base = stream.average_rate, stream.time_base
-        if rate is None or base is None:
+        stop = _stop(start, count, stream.frames)
+        if not stream.average_rate or not stream.time_base:
             raise VideoError("unreadable", "a clip without a rate")
+        ticks = float(1 / (stream.average_rate * stream.time_base))
         if start >= GOP:
-            container.seek(int(start / rate / base), stream=stream, backward=True)
+            container.seek(int(start * ticks), stream=stream, backward=True)
         out: list[np.ndarray] = []
+        scaler = VideoReformatter()
         for frame in container.decode(stream):
-            index = round(frame.pts * base * rate) if frame.pts is not None else -1
-            if index >= start:
-                out.append(_rgb(frame))
+            if frame.pts is not None and round(frame.pts / ticks) >= start:
+                out.append(_rgb(frame, scaler))
             if len(out) == stop - start:
                 break
     if len(out) != stop - start:
@@ -208,10 +229,30 @@ def decode_clip(data: bytes, start: int = 0, count: int | None = None) -> np.nda
     return np.stack(out)
 
 
-def _rgb(frame: VideoFrame) -> np.ndarray:
+def _stop(start: int, count: int | None, total: int) -> int:
+    stop = total if count is None else start + count
+    if not 0 <= start < stop <= total:
+        raise VideoError("out_of_range", f"frames {start}..{stop} of a clip with {total}")
+    return stop
+
+
+def _decode_raw(data: bytes, start: int, count: int | None) -> np.ndarray:
+    from pyarrow import ArrowException, decompress
+
+    try:
+        _, *shape = RAW_HEAD.unpack_from(data)
+        whole = decompress(memoryview(data)[RAW_HEAD.size :], math.prod(shape), codec="zstd", asbytes=True)
+        planes = np.frombuffer(whole, np.uint8).reshape(shape)
+    except (struct.error, OSError, ArrowException, ValueError) as error:
+        raise VideoError("damaged", plain(error)) from error
+    return np.stack([colours(p) for p in planes[start : _stop(start, count, len(planes))]])
+
+
+def _rgb(frame: VideoFrame, scaler: VideoReformatter) -> np.ndarray:
     if frame.format.name != "yuv444p":
-        return frame.to_ndarray(format="rgb24")
-    return cv2.transform(np.ascontiguousarray(np.moveaxis(frame.to_ndarray(), 0, 2)), _YUV_TO_RGB)
+        return scaler.reformat(frame, format="rgb24", interpolation=SCALING, threads=1).to_ndarray()
+    rows = [np.frombuffer(memoryview(p), np.uint8).reshape(p.height, -1)[:, : p.width] for p in frame.planes]
+    return cv2.transform(cv2.merge(rows), _YUV_TO_RGB)
 
 
 def strip(frames: list[np.ndarray], quality: int = 70) -> bytes:
