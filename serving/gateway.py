@@ -88,7 +88,7 @@ class Gateway:
         )
         app.add_middleware(Edge, config=self.config)
         app.state.metrics = self.sessions.metrics
-        app.add_exception_handler(Problem, _on_problem)  # pyrefly: ignore[bad-argument-type]
+        app.add_exception_handler(Problem, self._on_problem)  # pyrefly: ignore[bad-argument-type]
         app.add_exception_handler(HTTPException, _on_http)  # pyrefly: ignore[bad-argument-type]
         app.add_exception_handler(RequestValidationError, _on_invalid)  # pyrefly: ignore[bad-argument-type]
         session = "/v1/sessions/{session_id}"
@@ -278,6 +278,10 @@ class Gateway:
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
+    async def _on_problem(self, request: Request, problem: Problem) -> Response:
+        self.sessions.metrics.rejected(problem.slug)
+        return _answer(problem)
+
     def _open(self, session_id: str, authorization: Bearer) -> Session:
         return self.sessions.open(session_id, _bearer(authorization))
 
@@ -302,8 +306,8 @@ def _bearer(authorization: Bearer) -> str | None:
     return authorization.credentials.strip() or None if authorization else None
 
 
-async def _on_problem(request: Request, problem: Problem) -> Response:
-    request.app.state.metrics.rejected(problem.slug)
+def _answer(problem: Problem) -> Response:
+    """A refusal as a problem document."""
     return Response(
         json.dumps(problem.body()), problem.status, problem.headers(), media_type="application/problem+json"
     )
@@ -312,7 +316,7 @@ async def _on_problem(request: Request, problem: Problem) -> Response:
 async def _on_http(request: Request, error: HTTPException) -> Response:
     slug = str(error.detail).lower().replace(" ", "-")
     detail = f"{request.method} {request.url.path[:80]}: {error.detail}"
-    response = await _on_problem(request, Problem(error.status_code, slug, detail))
+    response = _answer(Problem(error.status_code, slug, detail))
     response.headers.update(error.headers or {})
     return response
 
@@ -320,4 +324,4 @@ async def _on_http(request: Request, error: HTTPException) -> Response:
 async def _on_invalid(request: Request, error: RequestValidationError) -> Response:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return await _on_problem(request, Problem(422, "invalid-request", f"{where}: {first['msg']}"))
+    return _answer(Problem(422, "invalid-request", f"{where}: {first['msg']}"))
