@@ -90,6 +90,10 @@ class Catalogue:
             self._paths[reference] = self._artifact(reference).path
         return self._paths[reference]
 
+    def folder(self, reference: str) -> Path:
+        """The folder of a version that runs, and so was verified when it was started."""
+        return self._paths.get(reference) or self.home.artifacts / reference.replace("@", "/")
+
     def _choice(self, name: str) -> Choice:
         base, _, wanted = name.partition("@")
         folder = (Path(name) / RECORD).is_file()
@@ -136,6 +140,7 @@ class Fleet:
         self._live: dict[str, tuple[float, Mapping[str, int]]] = {}
         self._needed_at: dict[str, float] = {}
         self._ready: set[str] = set()
+        self._failed: set[str] = set()
         self._looking = asyncio.Lock()
         await self._look()
         self._task = asyncio.create_task(self._keep_looking())
@@ -186,8 +191,11 @@ class Fleet:
             # While one scales, Serve says DEPLOYING of it; what has once been ready stays so until it is taken down.
             self._ready = {r for r in needed if states.get(r) == "RUNNING" or (r in states and r in self._ready)}
             choices = {name: self._settled(name, choice, self._ready) for name, choice in wanted.items()}
-            running = {r: await asyncio.to_thread(self.catalogue.path, r) for r in sorted(self._ready)}
-            self._view = View(choices=choices, running=running)
+            self._view = View(choices=choices, running={r: self.catalogue.folder(r) for r in sorted(self._ready)})
+            failed = {r for r in needed if states.get(r) == "DEPLOY_FAILED"}
+            for reference in sorted(failed - self._failed):
+                log.error("fleet: %s does not start; what new sessions got before, they go on getting", reference)
+            self._failed = failed
 
     def _played(self, now: float) -> set[str]:
         """Versions with live sessions, as far as living gateways have said."""
