@@ -212,9 +212,15 @@ class Fleet:
         return Choice(champion=champion, candidate=candidate, share=wanted.share)
 
     def _start(self, reference: str) -> None:
+        """Deploys a version; one that is damaged is told of, and the others go on."""
         log.info("fleet: starting %s", reference)
+        try:
+            path = self.catalogue.path(reference)
+        except UserError as error:
+            log.error("fleet: %s can't be started: %s", reference, error)
+            return
         serve.run_many(
-            targets(self.config, {reference: self.catalogue.path(reference)}),
+            targets(self.config, {reference: path}),
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
