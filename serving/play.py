@@ -84,7 +84,8 @@ class PlaySocket:
         """
         while True:
             try:
-                message = await asyncio.wait_for(self.socket.receive(), self.limits.idle_s)
+                async with asyncio.timeout(self.limits.idle_s):  # unlike wait_for it makes no task of every message
+                    message = await self.socket.receive()
             except TimeoutError:
                 raise IDLE from None
             if message["type"] == "websocket.disconnect":
