@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import json
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -163,8 +164,9 @@ def _plainly(folder: Path) -> Iterator[None]:
 def _stopped(folder: Path, error: BaseException) -> str:
     if isinstance(error, CommitFailedError):
         return f"another run committed to {folder} meanwhile ({error}): run again when it has ended"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"stopped at {folder}: {lines[-1].strip()[:300]}; mend that and run again: it continues"
+    words = re.sub(r"\x1b\[[0-9;]*m|\u21b3", "", str(error)).split()  # Delta draws its errors as trees, in colours
+    said = " ".join(words)[:500] or type(error).__name__
+    return f"stopped at {folder}: {said}; mend that and run again: it continues"
 
 
 def _to_retry(folder: Path, reasons: tuple[str, ...]) -> dict[str, str]:

@@ -81,7 +81,7 @@ def _write_draft(draft: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema,
 
 def sweep(folder: Path) -> None:
     """Deletes what killed writers left half written, an hour ago and longer; object stores keep no such thing."""
-    for path in folder.glob(f".*{DRAFT}"):
+    for path in () if isinstance(folder, BucketPath) else folder.glob(f".*{DRAFT}"):
         if path.stat().st_mtime < time.time() - STALE_S:
             path.unlink(missing_ok=True)
 

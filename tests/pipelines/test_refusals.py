@@ -90,19 +90,21 @@ def test_a_full_disk_is_a_clean_stop_that_a_rerun_continues(tmp_path):
     (tmp_path / "home").mkdir()
     script = f"""
 from pathlib import Path
+from infra.cluster import connect
 from infra.config import ClusterConfig, UserError
 from pipelines.curate import curate
 from tests.pipelines.footage import settings
 def run(home):
-    return curate(settings(Path(home), Path({str(tmp_path / "raw")!r}), cluster=ClusterConfig(cpus=2)))
-try:
-    run({str(tmp_path / "home")!r})
-    print("it fitted")
-except UserError as error:
-    print("STOPPED", error)
-remount("50m")
-again, calm = run({str(tmp_path / "home")!r}), run({str(tmp_path / "calm")!r})
-print("SAME", again.dataset.clip_table() == calm.dataset.clip_table(), again.outcomes)
+    return curate(settings(Path(home), Path({str(tmp_path / "raw")!r})))
+with connect(ClusterConfig(cpus=4)):
+    try:
+        run({str(tmp_path / "home")!r})
+        print("it fitted")
+    except UserError as error:
+        print("STOPPED", error)
+    remount("50m")
+    again, calm = run({str(tmp_path / "home")!r}), run({str(tmp_path / "calm")!r})
+    print("SAME", again.dataset.clip_table() == calm.dataset.clip_table(), again.outcomes)
 """
     done = on_small_disk(tmp_path / "home", script, "200k")
     lines = done.stdout.splitlines()
