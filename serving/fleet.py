@@ -39,7 +39,8 @@ LOOK_S = 1.0
 """How often the fleet looks at the registry, and gateways at the fleet."""
 LEASE_S = 15.0
 """What a gateway said of its live sessions counts for this long."""
-AWAY = (RayError, RayServeException, UserError)
+AWAY = (RayError, RayServeException, UserError, OSError)
+"""What a look may fail with that the next one need not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +246,8 @@ class FleetWorlds(Worlds):
         view: View = await self._fleet.view.remote(self._name, dict(live))
         for reference, path in view.running.items():
             if not isinstance(self._models.get(reference), RemoteModel):
-                handle = await asyncio.to_thread(serve.get_app_handle, application_name(reference))
+                name = application_name(reference)
+                handle = await asyncio.to_thread(serve.get_deployment_handle, name, name)
                 model = RemoteModel(handle, card(reference, path), may_sleep=not self.config.replicas)
                 self.add(reference, model, path / "prompts")
         for reference, model in list(self._models.items()):

@@ -87,6 +87,14 @@ class WorldModel:
             raise RuntimeError("the engine has stopped")
 
 
+class Front:
+    """What Serve takes for the application's ingress, which behind HAProxy may not choose its router. Gateways call the
+    model itself, so this never has a replica."""
+
+    def __init__(self, model: object) -> None:
+        self._model = model
+
+
 def application_name(reference: str) -> str:
     """The Serve application that runs a version: `world-toy-v1` for toy@v1."""
     return PREFIX + reference.replace("@", "-")
@@ -121,7 +129,9 @@ def world_application(config: ServeConfig, reference: str, path: Path) -> serve.
         **size,
         **LIFE,
     )(WorldModel)
-    return model.bind(config, path, reference)
+    idle = AutoscalingConfig(min_replicas=0, max_replicas=1)
+    front = serve.deployment(name="front", autoscaling_config=idle, logging_config=QUIET)(Front)
+    return front.bind(model.bind(config, path, reference))
 
 
 def _outcome(task: "asyncio.Future[Stepped | None]") -> Stepped | Exception | None:
