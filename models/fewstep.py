@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from models.attention import Clock
 from models.config import ModelError, SamplerConfig
 from models.dynamics import Dynamics
 from models.maskgit import draw, halton_order, reveal_counts
@@ -86,15 +87,23 @@ class Distillation(nn.Module):
     def teach(self, tokens_BTN: Tensor, actions_BT: Tensor, key_B: Tensor) -> Tensor:
         """The teacher's draw of the last frame (B, N) in all its steps, given the frames before it."""
         teacher, order = self._teacher[0], self.order(key_B)
-        window = tokens_BTN.clone()
-        window[:, -1] = teacher.mask_token
-        place = torch.arange(window.shape[2], device=window.device)
-        for step, count in enumerate(reveal_counts(window.shape[2], self.teacher_steps)):
-            logits = teacher.logits(window, actions_BT)[:, -1]
+        (B, T, N), shape = tokens_BTN.shape, teacher.cfg.transformer
+        caches = teacher.transformer.caches(B, teacher.tokens, T)
+        begin = torch.zeros(B, dtype=torch.int64, device=key_B.device)
+        actions = teacher.with_first(actions_BT)
+
+        def features(tokens: Tensor, t: int) -> Tensor:
+            clock = Clock.at(slice(0, B), begin + t, begin, T, shape.window, shape.head_size, teacher.head.weight.dtype)
+            return teacher.step(tokens, actions[:, t], caches, clock)
+
+        for t in range(T - 1):
+            features(tokens_BTN[:, t], t)
+        current, place = torch.full_like(tokens_BTN[:, 0], teacher.mask_token), torch.arange(N, device=key_B.device)
+        for step, count in enumerate(reveal_counts(N, self.teacher_steps)):
+            logits = teacher.leave(features(current, T - 1))
             token, _ = draw(logits, uniform(key_B[:, None], _DRAW, step, place), 1.0)
-            new = (order < count) & (window[:, -1] == teacher.mask_token)
-            window[:, -1] = torch.where(new, token, window[:, -1])
-        return window[:, -1]
+            current = torch.where((order < count) & (current == teacher.mask_token), token, current)
+        return current
 
     @override
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

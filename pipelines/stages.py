@@ -1,5 +1,6 @@
 """What differs between the stages of training: the model, what it stands on, its pictures, its artifact."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from models.config import (
 )
 from models.cost import ModelConfig, cost
 from models.dynamics import Dynamics
+from models.fewstep import Distillation
 from models.quality import QualityNet, training_cost
 from models.sampler import Window
 from models.tokenizer import Tokenizer
@@ -35,7 +37,10 @@ from pipelines.shards import Dataset, open_dataset
 from pipelines.tokenize import check_size
 from pipelines.train_config import TrainConfig
 
-KINDS = {"tokenizer": "tokenizer", "actions": "actions", "dynamics": "world", "world": "world", "quality": "quality"}
+KINDS = {
+    "tokenizer": "tokenizer", "actions": "actions", "dynamics": "world", "world": "world", "distilled": "world",
+    "quality": "quality",
+}  # fmt: skip
 """Stage -> kind of its artifact. Finished dynamics stand with their tokenizer and actions: a playable world."""
 PROMPTS = 8
 PICTURE_ROWS, PICTURE_FRAMES = 4, 8
@@ -53,8 +58,8 @@ class Job:
     source: feed.Source | quality.Labelled
     parents: dict[str, str]
     """role -> reference"""
-    tokenizer: Path | None
-    actions: Path | None
+    parts: dict[str, Path]
+    """role -> folder of a finished model that the stage stands on"""
     identity: str
     folder: Path
     """Checkpoints, progress and pictures of this training."""
@@ -86,11 +91,15 @@ def plan_job(config: TrainConfig) -> Job:
         model = replace(model, tokenizer=config_from_dict(TokenizerConfig, made["tokenizer"].config))
     if "actions" in made:
         model = replace(model, actions=config_from_dict(ActionsConfig, made["actions"].config))
+    tokens = made["tokenizer"].reference if "tokenizer" in made else None
+    parts = {role: artifact.path for role, artifact in made.items()}
+    if "teacher" in made:
+        model, tokens = config_from_dict(WorldConfig, made["teacher"].config), made["teacher"].parents["tokenizer"]
+        parts |= {part: made["teacher"].path / part for part in ("tokenizer", "actions")}
     _check_frames(config.stage, model)
     part = model.actions if config.stage == "actions" else model.tokenizer
     check_size(dataset, part.height_px, part.width_px, f"the {config.stage}")
-    frames = getattr(model, "dynamics" if config.stage == "world" else config.stage).frames
-    tokens = made["tokenizer"].reference if "tokenizer" in made else None
+    frames = getattr(model, "dynamics" if config.stage in ("world", "distilled") else config.stage).frames
     source = feed.Source(home=home.path, dataset=dataset.reference, split="train", frames=frames, seed=config.seed,
                          feed=config.feed, tokenizer=tokens)  # fmt: skip
     identity = _identity(config, model, dataset.reference, made)
@@ -99,8 +108,7 @@ def plan_job(config: TrainConfig) -> Job:
         model=model,
         source=source,
         parents={"dataset": dataset.reference, **{role: a.reference for role, a in made.items()}},
-        tokenizer=made["tokenizer"].path if "tokenizer" in made else None,
-        actions=made["actions"].path if "actions" in made else None,
+        parts=parts,
         identity=identity,
         folder=home.runs / f"{config.artifact_name}-{identity[:12]}",
     )
@@ -118,8 +126,7 @@ def _plan_quality(config: TrainConfig, home: Home, dataset: Dataset) -> Job:
         model=config.model,
         source=source,
         parents={"dataset": dataset.reference},
-        tokenizer=None,
-        actions=None,
+        parts={},
         identity=identity,
         folder=home.runs / f"{config.artifact_name}-{identity[:12]}",
     )
@@ -130,6 +137,8 @@ def _upstream(config: TrainConfig, home: Home) -> dict[str, Artifact]:
     made: dict[str, Artifact] = {}
     if config.stage in ("dynamics", "world") or (config.stage, config.model.actions.source) == ("actions", "tokens"):
         made["tokenizer"] = resolve(home, config.tokenizer or "tokenizer", kind="tokenizer")
+    if config.stage == "distilled":
+        made["teacher"] = resolve(home, config.teacher or "world", kind="world")
     if config.stage == "dynamics":
         made["actions"] = resolve(home, config.actions or "actions", kind="actions")
     return made
@@ -156,14 +165,15 @@ def _identity(config: TrainConfig, model: WorldConfig, dataset: str, made: Mappi
             "order": [order.windows_per_clip, order.clips_per_group, order.avoid_cuts],
             "optimizer": to_dict(config.optimizer),
             "rest": [config.steps, config.batch, config.seed, config.precision],
+            **({"few": [config.few_steps, config.teacher_steps]} if config.stage == "distilled" else {}),
         }
     )
 
 
 class WithActions(nn.Module):
-    """Dynamics that train on the actions of a finished latent action model."""
+    """Dynamics that train on the actions of a finished latent action model, by their own loss or a teacher's draws."""
 
-    def __init__(self, actions: LatentActionModel, dynamics: Dynamics) -> None:
+    def __init__(self, actions: LatentActionModel, dynamics: Dynamics | Distillation) -> None:
         super().__init__()
         self.dynamics = dynamics
         self._finished = [actions.eval()]  # in a list, so that it is neither trained nor saved with the checkpoint
@@ -193,7 +203,12 @@ def build(job: Job) -> nn.Module:
             return build_model("actions", job.model.actions)
         case "dynamics":
             dynamics = cast(Dynamics, build_model("dynamics", job.model.dynamics))
-            return WithActions(cast(LatentActionModel, load_model(_need(job.actions), kind="actions")), dynamics)
+            return WithActions(_actions(job), dynamics)
+        case "distilled":
+            teacher = cast(Dynamics, load_model(_need(job, "teacher") / "dynamics", kind="dynamics"))
+            student = copy.deepcopy(teacher).train()
+            config = job.config
+            return WithActions(_actions(job), Distillation(teacher, student, config.few_steps, config.teacher_steps))
         case "world":
             actions = cast(LatentActionModel, build_model("actions", job.model.actions))
             return CoTraining(actions, cast(Dynamics, build_model("dynamics", job.model.dynamics)))
@@ -251,8 +266,13 @@ def _one_row_per_action(job: Job, world: World) -> np.ndarray:
 
 def _world(job: Job, model: CoTraining | WithActions) -> World:
     actions = model.actions if isinstance(model, CoTraining) else model._finished[0]
-    tokenizer = cast(Tokenizer, load_model(_need(job.tokenizer), kind="tokenizer"))
-    return World(tokenizer, actions, model.dynamics, job.model.fps)
+    tokenizer = cast(Tokenizer, load_model(_need(job, "tokenizer"), kind="tokenizer"))
+    dynamics = model.dynamics.student if isinstance(model.dynamics, Distillation) else model.dynamics
+    return World(tokenizer, actions, dynamics, job.model.fps)
+
+
+def _actions(job: Job) -> LatentActionModel:
+    return cast(LatentActionModel, load_model(_need(job, "actions"), kind="actions"))
 
 
 def _write_prompts(job: Job, folder: Path) -> None:
@@ -262,15 +282,15 @@ def _write_prompts(job: Job, folder: Path) -> None:
         (folder / f"{n}.png").write_bytes(figures.png(frames[0]))
 
 
-def _need(path: Path | None) -> Path:
-    if path is None:
-        raise ValueError("the job was planned without an artifact that its stage stands on")
-    return path
+def _need(job: Job, role: str) -> Path:
+    if role not in job.parts:
+        raise ValueError(f"the job was planned without the {role} that its stage stands on")
+    return job.parts[role]
 
 
 def trained(stage: str, model: WorldConfig) -> list[ModelConfig]:
     """The models that a stage trains."""
-    parts: dict[str, list[ModelConfig]] = {"world": [model.actions, model.dynamics]}
+    parts: dict[str, list[ModelConfig]] = {"world": [model.actions, model.dynamics], "distilled": [model.dynamics]}
     return parts.get(stage) or [getattr(model, stage)]
 
 
@@ -284,7 +304,7 @@ def estimate(config: TrainConfig, model: WorldConfig) -> TrainingPlan:
         parameters=sum(c.parameters for c in costs),
         frame_flops=sum(c.training_flops for c in costs),
         frames=models[-1].frames,
-        tokens=model.dynamics.tokens if config.stage in ("dynamics", "world") else models[-1].rows * models[-1].columns,
+        tokens=models[-1].rows * models[-1].columns,
         activation_bytes=sum(_activation_bytes(part, config.precision) for part in models),
         batch=config.batch,
         micro_batch=config.micro_batch,

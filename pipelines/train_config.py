@@ -7,7 +7,7 @@ from typing import Literal
 from infra.config import ClusterConfig, TrackingConfig, UserError, within
 from models.config import QualityConfig, WorldConfig
 
-STAGES = ("tokenizer", "actions", "dynamics", "world", "quality")
+STAGES = ("tokenizer", "actions", "dynamics", "world", "distilled", "quality")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +83,9 @@ class TrainConfig:
 
     home: Path = Path("lampworks-home")
     """Folder that everything is written under; a cluster's must be shared by its nodes."""
-    stage: Literal["tokenizer", "actions", "dynamics", "world", "quality"] = "tokenizer"
+    stage: Literal["tokenizer", "actions", "dynamics", "world", "distilled", "quality"] = "tokenizer"
     """tokenizer; actions: the latent action model; dynamics: with finished actions; world: actions and dynamics;
-    quality: the classifier of clips, from what `lampworks label` wrote."""
+    distilled: a finished world that draws in few steps; quality: the classifier of clips, from what `lampworks label` wrote."""
     name: str | None = None
     """Name of the artifact; None takes the stage's."""
     dataset: str = "platformers"
@@ -94,6 +94,12 @@ class TrainConfig:
     """Tokenizer artifact for dynamics and world; None takes `tokenizer`."""
     actions: str | None = None
     """Latent action artifact for dynamics; None takes `actions`."""
+    teacher: str | None = None
+    """World artifact that distilled learns from; None takes `world`."""
+    few_steps: int = 4
+    """Refinement passes that distilled learns to draw in."""
+    teacher_steps: int = 25
+    """Refinement passes that its teacher draws in."""
     model: WorldConfig = field(default_factory=WorldConfig)
     """The world's settings; a stage uses its part, and takes finished parts from their artifacts."""
     quality: QualityConfig = field(default_factory=QualityConfig)
@@ -155,6 +161,7 @@ class TrainConfig:
         within("--micro-batch", self.micro_batch, 1, self.batch)
         within("--checkpoint-every", self.checkpoint_every, 1, 1e9)
         within("--log-every", self.log_every, 1, 1e9)
+        within("--few-steps", self.few_steps, 1, self.teacher_steps - 1)
         if self.stage not in STAGES:
             raise UserError(f"--stage is {self.stage!r}: it must be one of {', '.join(STAGES)}")
         for workers in {self.workers or 1, self.min_workers or self.workers or 1}:

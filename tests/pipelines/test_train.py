@@ -93,6 +93,22 @@ def test_dynamics_alone_make_a_world_with_their_finished_actions(place):
     assert all(torch.equal(a, b) for a, b in zip(held.state_dict().values(), alone.state_dict().values(), strict=True))
 
 
+def test_a_distilled_world_stands_on_its_teacher_and_continues_bit_by_bit(place):
+    teacher = train(config(place, stage="world"))
+    few = {"stage": "distilled", "teacher": "world", "few_steps": 2, "teacher_steps": 4, "steps": 5}
+    whole, broken = (config(place, name=name, **few) for name in ("whole", "broken"))
+    one = train(whole)
+    die_at(broken, 3)
+    other = train(broken)
+    assert one.parents == {"dataset": "toys@0", "teacher": teacher.reference}
+    weights, again, taught = (
+        {f: d for f, d in made.files.items() if f.endswith(".safetensors")} for made in (one, other, teacher)
+    )
+    assert weights == again
+    assert {f for f in weights if weights[f] != taught[f]} == {"dynamics/model.safetensors"}
+    assert train(replace(whole, few_steps=3)).reference == "whole@v2"
+
+
 def test_one_run_in_mlflow_survives_a_restart_with_all_that_it_says(place):
     settings = config(place, name="told", stage="world", picture_every=3, steps=6)
     die_at(settings, 5)
