@@ -70,12 +70,11 @@ class Ballot:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        index = self.dataset.index()
-        places = {clip: n for n, clip in enumerate(index["clip_id"].to_pylist())}
-        self.order = sorted(places, key=lambda clip: hashlib.sha256(f"label/{clip}".encode()).hexdigest())
-        self.rows = {clip: index.slice(n, 1) for clip, n in places.items()}
+        self.index = self.dataset.index()
+        self.places = {clip: n for n, clip in enumerate(self.index["clip_id"].to_pylist())}
+        self.order = sorted(self.places, key=lambda clip: hashlib.sha256(f"label/{clip}".encode()).hexdigest())
         self.stars = read_labels(self.dataset.folder)
-        self.history = [clip for clip in self.stars if clip in self.rows]
+        self.history = [clip for clip in self.stars if clip in self.places]
 
     def next(self) -> dict[str, Any]:
         """The first clip without a rating (None at the end), and how far one is."""
@@ -88,7 +87,7 @@ class Ballot:
         Raises:
             UserError: no such clip, or no such rating.
         """
-        if clip not in self.rows or (stars is not None and stars not in range(1, 6)):
+        if clip not in self.places or (stars is not None and stars not in range(1, 6)):
             raise UserError("a rating is 1 to 5, of a clip of this dataset")
         with self._lock:
             line = json.dumps({"clip_id": clip, "stars": stars}) + "\n"
@@ -116,7 +115,7 @@ class Ballot:
 
     def film(self, clip: str) -> bytes:
         """A clip's frames side by side, JPEG; the page runs through them."""
-        frames = decode_clip(self.dataset.read_clips(self.rows[clip])[0])
+        frames = decode_clip(self.dataset.read_clips(self.index.slice(self.places[clip], 1))[0])
         chosen = frames[np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)]
         width = round(frames.shape[2] * FRAME_PX / frames.shape[1])
         return strip([cv2.resize(f, (width, FRAME_PX), interpolation=cv2.INTER_NEAREST) for f in chosen])
@@ -142,7 +141,7 @@ class Door(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.FORBIDDEN, "open the address that `lampworks label` printed")
         elif url.path == "/next":
             self._answer_json(self.ballot.next())
-        elif url.path.startswith("/film/") and (clip := url.path.removeprefix("/film/")) in self.ballot.rows:
+        elif url.path.startswith("/film/") and (clip := url.path.removeprefix("/film/")) in self.ballot.places:
             self._answer(self.ballot.film(clip), "image/jpeg")
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
