@@ -161,7 +161,7 @@ def start_redis(folder, url):
     """A Redis at a URL's port that hands every commit to the kernel before it answers."""
     port = url.rpartition(":")[2]
     options = ["--port", port, "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--loglevel", "warning"]
-    durable = ["--appendonly", "yes", "--appendfsync", "everysec"]
+    durable = ["--appendonly", "yes", "--appendfsync", "always"]
     server = subprocess.Popen(["redis-server", *map(str, options), *durable], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:

@@ -157,3 +157,13 @@ def test_the_audit_command_prints_a_line_a_session(address, store, capsys):
     main(["audit", "--store", address])
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line).items() >= {"id": "s", "owner": "me", "seed": 7, "prompt": "ab", "actions": [-1]}.items()
+
+
+def test_a_redis_that_may_lose_commits_is_told_of(tmp_path, caplog):
+    with running_redis(tmp_path) as (url, _):
+        store = open_store(url)
+        assert not caplog.records
+        store._db.config_set("appendfsync", "everysec")
+        open_store(url).close()
+        assert "appendfsync always" in caplog.text
+        store.close()
