@@ -141,12 +141,10 @@ class Writer:
         self._open: dict[str, DeltaTable] = {}
 
     def _table(self, name: str) -> DeltaTable | None:
-        """A table at its newest version. Opened anew after a checkpoint: an open one follows every older commit."""
+        """A table as this writer left it. Opened anew after a checkpoint: an open one follows every older commit."""
         table = self._open.pop(name, None)
         if table is None or table.version() % CHECKPOINT_EVERY == 0:
             table = delta_table(self.folder / name)
-        else:
-            table.update_incremental()
         if table is not None:
             self._open[name] = table
         return table
@@ -169,10 +167,12 @@ class Writer:
         """
         clips, videos = self._table("clips"), self._table("videos")
         new_clips = [u for u in units if u.clips is not None and not knows(clips, u.unit_id)]
-        clips_version = clips.version() if clips is not None else -1
-        if new_clips or clips is None:
+        if clips is None or new_clips:
             files = [(u.unit_id, u.clips) for u in new_clips if u.clips is not None]
             clips_version = append(self.folder / "clips", CLIP_SCHEMA, clips, files, {"message": message})
+        else:
+            clips.update_incremental()  # footage may have been forgotten meanwhile
+            clips_version = clips.version()
         new_videos = [(u.unit_id, u.videos) for u in units if not knows(videos, u.unit_id)]
         if not new_videos and videos is not None:
             return videos.version()
@@ -195,6 +195,7 @@ class Writer:
             The dataset's version.
         """
         root = self.folder / "videos"
+        self._open.clear()
         table = open_table(root)
         if not changes:
             return table.version()
