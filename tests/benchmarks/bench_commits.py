@@ -112,6 +112,8 @@ def main() -> None:
         early, late = (1000 * statistics.median(t) for t in commit_times(Path(folder), options.units))
         line = f"commit: {early:.1f} ms the 10th, {late:.1f} ms the {options.units}th, {late / early:.2f}x\n"
         os.write(1, line.encode())
+    if not options.videos:
+        return
     with tempfile.TemporaryDirectory() as folder:
         took, again, rows = first_and_again(Path(folder), options.videos)
         os.write(1, f"{rows} videos: {took:.0f} s to curate, {again:.1f} s again with no video there\n".encode())
