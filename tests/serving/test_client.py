@@ -97,7 +97,9 @@ def test_an_export_is_a_video_of_every_frame(client, tmp_path):
 
     with client.create(gallery="0", seed=9) as player:
         frames = [player.frame(0), *(player.step(a) for a in ACTS[:7])]
-        (tmp_path / "x.mp4").write_bytes(player.export())
+        data = player.export()
+        assert player.export() == data, "the same session is the same file"
+        (tmp_path / "x.mp4").write_bytes(data)
     video = cv2.VideoCapture(str(tmp_path / "x.mp4"))
     got = []
     while (read := video.read())[0]:
