@@ -6,9 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.config import UserError
+from pipelines.buckets import place
+from pipelines.explain import estimate, explain
 from pipelines.manifest import open_plan, scan
 from pipelines.sources import described, listed
-from tests.pipelines.footage import settings, sidecar
+from tests.pipelines.footage import film, scroll, settings, sidecar
 from tests.pipelines.remote import Web, upload
 from tests.pipelines.test_manifest import touch
 
@@ -173,3 +175,15 @@ def test_duration_and_size_may_be_text(tmp_path):
     rows = [{"uri": "v.mp4", "title": "t", "duration": "nan hours", "size": "1"}]
     (found,) = scan(str(write(tmp_path / "list.csv", rows)))
     assert (found.metadata.duration_s, found.size_bytes) == (None, 1)
+
+
+def test_a_look_at_a_bucket_reads_a_sample_and_writes_nothing(tmp_path, bucket):
+    film(tmp_path / "raw", "v", scroll(90, seed=1))
+    there = upload(tmp_path / "raw", f"{bucket[0]}/raw", bucket[1])
+    config = settings(tmp_path / "home", there, target=f"{bucket[0]}/sets{bucket[1]}")
+    said = estimate(config)
+    assert "sampled      1 videos" in said
+    assert "2 clips kept" in said
+    assert "not curated yet" in explain(config, "v.mp4")
+    assert {p.name for p, _ in place(bucket[0] + bucket[1]).walk()} == {"v.mp4", "v.info.json"}
+    assert not (tmp_path / "home").exists()
