@@ -94,8 +94,8 @@ def curate(config: CurateConfig) -> CurateResult:
         config = replace(config, quality=resolve(home, config.quality, kind="quality").reference)
     with _locked(home, folder), _plainly(folder):
         writer = Writer(folder, digest(_bearing(config)))
-        for table in ("clips", "videos"):
-            sweep(folder / table)
+        for part in ("", "plans", "clips", "videos"):
+            sweep(folder / part)
         check_schema(folder, delta_table(folder / "videos"))
         plan = open_plan(folder, source_of(config), config, writer.config_digest)
         _recover(writer, plan)

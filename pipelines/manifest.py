@@ -18,7 +18,7 @@ from pipelines.buckets import is_remote
 from pipelines.config import CurateConfig
 from pipelines.filters import Rules, Verdict
 from pipelines.sources import Source, described, listed
-from pipelines.tables import DatasetError, parquet, write_shard
+from pipelines.tables import DatasetError, parquet, write_shard, write_whole
 from pipelines.unit import file_digest
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def _check_same(folder: Path, config_digest: str) -> None:
     mark = folder / "settings.json"
     if not mark.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps({"config_digest": config_digest}), encoding="utf-8")
+        write_whole(mark, json.dumps({"config_digest": config_digest}))
     made = json.loads(mark.read_text(encoding="utf-8"))["config_digest"]
     if made != config_digest:
         raise DatasetError(f"dataset {folder.name!r} holds clips of another size or codec: choose another --name")

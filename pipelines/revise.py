@@ -18,7 +18,16 @@ from pipelines.dedup import copied, find_copies, mark_same_frames, read_pairs
 from pipelines.filters import judge
 from pipelines.manifest import PLAN_SCHEMA, Plan, planned
 from pipelines.shards import CLIP_SCHEMA, KEPT, VIDEO_SCHEMA, Writer, open_dataset, open_ledger
-from pipelines.tables import DatasetError, delta_table, open_table, parquet, rewrite, table_files, write_shard
+from pipelines.tables import (
+    DatasetError,
+    delta_table,
+    open_table,
+    parquet,
+    rewrite,
+    table_files,
+    write_shard,
+    write_whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +122,7 @@ def settle(writer: Writer, plan: Plan, config: CurateConfig) -> None:
     if config.filters.max_copied_share < 1:
         find_copies(writer.folder, config.cluster)
     version = settle_ledger(writer, config.filters, scores)
-    (writer.folder / JUDGED).write_text(json.dumps({**said, "version": version}), encoding="utf-8")
+    write_whole(writer.folder / JUDGED, json.dumps({**said, "version": version}))
 
 
 def settle_ledger(writer: Writer, filters: FilterConfig, scores: Mapping[str, float] | None) -> int:
@@ -212,7 +221,7 @@ def _return_copies(writer: Writer, gone: set[str]) -> int:
     mark_same_frames(writer, Plan(planned(writer.folder)))
     if mark := _mark(writer.folder):
         version = settle_ledger(writer, from_dict(FilterConfig, mark["filters"]), None)
-        (writer.folder / JUDGED).write_text(json.dumps({**mark, "version": version}), encoding="utf-8")
+        write_whole(writer.folder / JUDGED, json.dumps({**mark, "version": version}))
     after = {row["video_id"]: row["outcome"] for row in open_ledger(writer.folder, ["video_id", "outcome"])}
     return sum(row["outcome"] not in KEPT and after[row["video_id"]] in KEPT for row in rows)
 

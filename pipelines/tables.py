@@ -67,6 +67,16 @@ def write_shard(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, r
         draft.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small text file that a killed process leaves as it was, never half."""
+    if isinstance(path, BucketPath):
+        path.write_text(text)
+        return
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{DRAFT}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
 def _write_draft(draft: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, row_group: int) -> None:
     compression = {name: "none" if name in _UNCOMPRESSED else "zstd" for name in _leaves(schema)}
     left = iter(rows)

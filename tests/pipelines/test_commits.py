@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from infra.config import Home, UserError
 from pipelines import shards, tables
 from pipelines.curate import _plainly, _recover
-from pipelines.manifest import Plan
+from pipelines.manifest import Plan, open_plan
 from pipelines.shards import Writer, open_dataset
 from pipelines.tables import delta_table
+from tests.pipelines.footage import settings
+from tests.pipelines.test_manifest import touch
 from tests.pipelines.test_shards import unit
 
 
@@ -124,3 +126,19 @@ def test_a_rival_who_was_first_is_not_repeated(tmp_path):
     before = state(folder)
     work(folder, plan, 1)
     assert state(folder) == before
+
+
+@pytest.mark.parametrize(("at", "how"), [(1, "before"), (1, "after"), (2, "before"), (2, "after")])
+def test_a_plan_is_there_whole_or_not_at_all(tmp_path, at, how):
+    for name in "abc":
+        touch(tmp_path / "raw", f"{name}.mp4", name.encode() * ord(name))
+    with pytest.raises(Killed), dying(at, how):
+        planned_rows(tmp_path)
+    rows = planned_rows(tmp_path)
+    assert [row["video_id"] for row in rows] == ["a", "b", "c"]
+    assert planned_rows(tmp_path) == rows
+
+
+def planned_rows(tmp_path):
+    source = str(tmp_path / "raw")
+    return open_plan(tmp_path / "data", source, settings(tmp_path, source), "s").rows
