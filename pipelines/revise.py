@@ -171,7 +171,7 @@ def _rank(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def forget(config: ForgetConfig) -> str:
-    """Removes footage from every table and file of a dataset, older versions and tokens included.
+    """Removes footage from every table and file of a dataset, older versions, tokens and pages about it included.
 
     A ledger row stays, bare of pictures and texts, so that the next curation does not take the video again.
 
@@ -197,6 +197,11 @@ def forget(config: ForgetConfig) -> str:
     returned = _return_copies(writer, gone)
     _delete_unreferenced(dataset.folder / "videos", lambda row: row["video_id"] in gone)
     _scrub_plans(dataset.folder / "plans", gone)
+    for shown in [
+        *Home(config.home).reports.glob(f"{dataset.name}@*.html"),
+        *Home(config.home).reports.glob("replay-*"),
+    ]:
+        shown.unlink()
     log.info("forget | %s | %d videos | %d clips | %d other copies return", name, len(gone), len(held), returned)
     return f"{len(gone)} videos with {len(held)} clips are gone from {name}, older versions included"
 

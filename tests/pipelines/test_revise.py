@@ -82,6 +82,7 @@ def test_forgotten_footage_is_in_no_file(tmp_path, first, by):
     with pytest.raises(UserError, match="removed on request"):
         clips(first)
     assert facts(after)["b"]["reason"] == "forgotten"
+    assert not list((tmp_path / "reports").iterdir())
     for path in first.path.rglob("*.parquet"):
         content = path.read_bytes()
         assert not any(video in content for video in secret)
