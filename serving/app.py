@@ -9,6 +9,7 @@ die, scale or be replaced while its players' sockets stay open.
 
 import asyncio
 import logging
+import random
 import signal
 import socket
 import threading
@@ -40,6 +41,8 @@ CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 """Name and namespace of Serve's controller."""
 STOP_S = 30.0
 """How long Serve may take to end."""
+FREE_PORTS = range(20000, 30000)
+"""Where a free port is looked for: below those that the kernel gives away, so nobody takes it before Serve does."""
 PROXY_S = 120.0
 """How long the doors may take to open after the application is ready."""
 
@@ -175,15 +178,19 @@ def _loaded(config: ServeConfig) -> Worlds:
 
 def _claim_port(host: str, port: int) -> int:
     """The port to use; proves that it is free, since Serve would retry in the background instead of failing."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"cannot listen on {host}:{port} ({error.strerror}): stop what uses it, or choose another --port"
-            ) from error
-        return probe.getsockname()[1]
+    refused = OSError()
+    for wanted in [port] if port else random.sample(FREE_PORTS, 16):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, wanted))
+            except OSError as error:
+                refused = error
+            else:
+                return wanted
+    raise UserError(
+        f"cannot listen on {host}:{port} ({refused.strerror}): stop what uses it, or choose another --port"
+    ) from refused
 
 
 def _await_answer(host: str, port: int) -> None:

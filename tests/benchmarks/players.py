@@ -21,11 +21,12 @@ ASK = struct.Struct("<2sIIB")
 class Player(asyncio.Protocol):
     """One session's socket."""
 
-    def __init__(self, host, session, until):
-        self.host, self.session, self.until = host, session, until
+    def __init__(self, host, session):
+        self.host, self.session, self.until = host, session, 0.0
         self.buffer, self.open, self.step = bytearray(), False, -1
         self.latencies, self.times = [], []
         self.asked_at, self.done = 0.0, asyncio.get_running_loop().create_future()
+        self.greeted = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport):
         self.transport = transport
@@ -72,19 +73,24 @@ class Player(asyncio.Protocol):
             self.done.set_exception(AssertionError(f"closed: {message!r}"))
         if kind != 2:
             return
-        now = time.perf_counter()
-        step = struct.unpack_from("<I", message, 4)[0]
-        if self.step >= 0:
-            assert step == self.step + 1, (step, self.step)
-            self.latencies.append(now - self.asked_at)
-            self.times.append(now)
-        self.step = step
-        if now >= self.until:
-            if not self.done.done():
-                self.done.set_result(None)
+        now, step = time.perf_counter(), struct.unpack_from("<I", message, 4)[0]
+        if self.step < 0:
+            self.step = step
+            self.greeted.set_result(None)
             return
-        self.asked_at = now
-        self.transport.write(ASK.pack(b"\x82\x85", 0, step + 1, step % 5))
+        assert step == self.step + 1, (step, self.step)
+        self.latencies.append(now - self.asked_at)
+        self.times.append(now)
+        self.step = step
+        if now < self.until:
+            self.ask()
+        elif not self.done.done():
+            self.done.set_result(None)
+
+    def ask(self):
+        """Wants the next step."""
+        self.asked_at = time.perf_counter()
+        self.transport.write(ASK.pack(b"\x82\x85", 0, self.step + 1, self.step % 5))
 
     def connection_lost(self, error):
         if not self.done.done():
@@ -97,11 +103,15 @@ async def play(url, model, sessions, seconds):
     async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as http:
         body = {"gallery": "0", "model": model, "seed": 1}
         made = [(await http.post("/v1/sessions", json=body)).raise_for_status().json() for _ in range(sessions)]
-    loop, began, cpu = asyncio.get_running_loop(), time.perf_counter(), time.process_time()
     players = []
     for session in made:
-        make = lambda session=session: Player(address.netloc, session, began + seconds)  # noqa: E731
-        players.append((await loop.create_connection(make, address.hostname, address.port))[1])
+        make = lambda session=session: Player(address.netloc, session)  # noqa: E731
+        players.append((await asyncio.get_running_loop().create_connection(make, address.hostname, address.port))[1])
+    await asyncio.gather(*(player.greeted for player in players))
+    began, cpu = time.perf_counter(), time.process_time()
+    for player in players:
+        player.until = began + seconds
+        player.ask()
     await asyncio.gather(*(p.done for p in players))
     busy = (time.process_time() - cpu) / (time.perf_counter() - began)
     for player in players:
