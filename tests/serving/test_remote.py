@@ -79,7 +79,7 @@ def test_steps_of_many_sessions_share_calls(handle):
         return await handle.seen.remote()
 
     calls, _ = asyncio.run(crowd())
-    assert calls < 24 * 20 / 3, "480 steps"
+    assert calls < 0.7 * 24 * 20, "fewer calls than steps"
 
 
 def test_what_fails_or_is_lost_is_its_own_affair(handle):
