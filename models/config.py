@@ -222,11 +222,16 @@ class DynamicsConfig:
     """Least mask rate; rates are uniform from here to 1."""
     single_share: float = 0.0
     """Share of samples in which only one frame is masked, so that its past is clean; 0 is the paper's."""
+    words: int = 0
+    """Words of a text about the video (its title) that stand before each frame's tokens as a prefix; 0 for none."""
+    text_vocabulary: int = 4096
+    """Words are hashed to so many."""
     corruption: float = 0.0
     """Most tokens (share) of the context that may be replaced by random ones; the level is told to the model."""
 
     def __post_init__(self) -> None:
-        _positive(self, "rows", "columns", "vocabulary", "actions")
+        _positive(self, "rows", "columns", "vocabulary", "actions", "text_vocabulary")
+        _require(self.words >= 0, f"DynamicsConfig.words is {self.words}; give 0 or more")
         _require(self.frames >= 2, f"DynamicsConfig.frames is {self.frames}; the second frame is the first predicted")
         _one_of("DynamicsConfig.action_mode", self.action_mode, get_args(ActionMode))
         _one_of("DynamicsConfig.masking", self.masking, get_args(Masking))
@@ -238,6 +243,11 @@ class DynamicsConfig:
     def tokens(self) -> int:
         """N, tokens per frame."""
         return self.rows * self.columns
+
+    @property
+    def prefix(self) -> int:
+        """Places before a frame's tokens inside the transformer: of words, and of a prepended action."""
+        return self.words + (self.action_mode == "prepended")
 
 
 @dataclass(frozen=True, kw_only=True)

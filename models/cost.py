@@ -62,7 +62,7 @@ def cost(config: ModelConfig) -> Cost:
     """The cost of a model, by component; a window's first frames see less past, which the averages account for."""
     frames = config.frames
     if isinstance(config, DynamicsConfig):
-        cfg, N = config.transformer, config.tokens + (config.action_mode == "prepended")
+        cfg, N = config.transformer, config.tokens + config.prefix
         streams = 2 if config.masking == "ctf" else 1
         ends = 2 * config.tokens * cfg.width * config.vocabulary
         past = min(cfg.window, (frames + 1) / 2)

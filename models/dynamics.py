@@ -11,7 +11,8 @@ from models.noise import uniform_for
 from models.transformer import Places, Transformer
 
 _LEVELS = 10  # of context corruption, told to the model
-_RATE, _MASK, _ONLY, _WHICH, _LEVEL, _CORRUPT, _TOKEN = range(7)  # streams of random draws
+_RATE, _MASK, _ONLY, _WHICH, _LEVEL, _CORRUPT, _TOKEN, _WORDLESS = range(8)  # streams of random draws
+_WORDLESS_SHARE = 0.1  # of samples that train without their text, so that a world can be played without one
 
 
 class Dynamics(nn.Module):
@@ -25,10 +26,12 @@ class Dynamics(nn.Module):
         self.embed = nn.Embedding(cfg.vocabulary + 1, width)
         self.action_embed = nn.Embedding(cfg.actions + 1, width)
         self.level_embed = nn.Embedding(_LEVELS, width) if cfg.corruption > 0 else None
+        self.word_embed = nn.Embedding(cfg.text_vocabulary + 1, width) if cfg.words else None
         self.places = Places(cfg.rows, cfg.columns, width)
+        self.word_places = Places(1, cfg.words, width) if cfg.words else None
         self.transformer = Transformer(cfg.transformer, film=cfg.action_mode == "film")
         self.head = nn.Linear(width, cfg.vocabulary)
-        for table in (self.embed, self.action_embed, self.level_embed):
+        for table in (self.embed, self.action_embed, self.level_embed, self.word_embed):
             if table is not None:
                 nn.init.trunc_normal_(table.weight, std=0.5)
 
@@ -40,38 +43,56 @@ class Dynamics(nn.Module):
 
     @property
     def tokens(self) -> int:
-        """Tokens per frame inside the transformer: N, and one more with prepended actions."""
-        return self.cfg.tokens + (self.cfg.action_mode == "prepended")
+        """Tokens per frame inside the transformer: N' = N and those of the prefix."""
+        return self.cfg.tokens + self.cfg.prefix
 
-    def enter(self, tokens: Tensor, actions: Tensor, level: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Tokens (..., N) and the actions (...) that led to their frames -> features (..., N', D), FiLM condition."""
+    def enter(
+        self, tokens: Tensor, actions: Tensor, level: Tensor | None = None, text: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, ..., N), actions (B, ...) that led to their frames -> features (..., N', D), FiLM condition.
+
+        `text` are hashed words (B, words); None for none.
+        """
         x = self.embed(tokens) + self.places()
         if self.level_embed is not None:
             x = x + (self.level_embed.weight[0] if level is None else self.level_embed(level)[:, None, None])
         action = self.action_embed(actions)
         if self.cfg.action_mode == "additive":
-            return x + action[..., None, :], None
-        if self.cfg.action_mode == "film":
-            return x, action
-        return torch.cat((action[..., None, :], x), dim=-2), None
+            x = x + action[..., None, :]
+        elif self.cfg.action_mode == "prepended":
+            x = torch.cat((action[..., None, :], x), dim=-2)
+        if self.word_embed is not None and self.word_places is not None:
+            text = tokens.new_full((len(tokens), self.cfg.words), self.cfg.text_vocabulary) if text is None else text
+            words = (self.word_embed(text) + self.word_places()).view(len(x), *[1] * (x.ndim - 3), *text.shape[1:], -1)
+            x = torch.cat((words.expand(*x.shape[:-2], -1, -1), x), dim=-2)
+        return x, action if self.cfg.action_mode == "film" else None
 
     def leave(self, x: Tensor, at: Tensor | None = None) -> Tensor:
         """Features (..., N', D) -> logits (..., N, K), or those of the places `at` (R,) alone (..., R, K)."""
-        x = x[..., 1:, :] if self.cfg.action_mode == "prepended" else x
+        x = x[..., self.cfg.prefix :, :]
         return self.head(x if at is None else x[..., at, :])
 
     def with_first(self, actions_BT: Tensor) -> Tensor:
         """Actions (B, T-1) -> (B, T) with "none" leading to the first frame: action t-1 belongs to frame t."""
         return F.pad(actions_BT, (1, 0), value=self.no_action)
 
-    def logits(self, tokens_BTN: Tensor, actions_BT: Tensor, level_B: Tensor | None = None) -> Tensor:
+    def logits(
+        self, tokens_BTN: Tensor, actions_BT: Tensor, level_B: Tensor | None = None, text: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, T, N, K) for tokens int64 (B, T, N), some of them `mask_token`, and actions int64 (B, T-1)."""
-        x, condition = self.enter(tokens_BTN, self.with_first(actions_BT), level_B)
+        x, condition = self.enter(tokens_BTN, self.with_first(actions_BT), level_B, text)
         return self.leave(self.transformer(x, condition))
 
-    def step(self, tokens_SN: Tensor, action_S: Tensor, caches: list[Cache | None], clock: Clock) -> Tensor:
+    def step(
+        self,
+        tokens_SN: Tensor,
+        action_S: Tensor,
+        caches: list[Cache | None],
+        clock: Clock,
+        text: Tensor | None = None,
+    ) -> Tensor:
         """One new frame per slot -> its features (S, N', D), given the cached frames; `leave` makes logits of them."""
-        x, condition = self.enter(tokens_SN, action_S)
+        x, condition = self.enter(tokens_SN, action_S, text=text)
         return self.transformer.step(x, condition, caches, clock)
 
     def masked(self, key_B: Tensor, frames: int) -> Tensor:
@@ -112,10 +133,14 @@ class Dynamics(nn.Module):
         hidden = self.masked(key, target.shape[1])
         context, level = self.corrupted(target, key)
         guess = torch.where(hidden, self.mask_token, context)
+        text = self._text(batch)
         if self.cfg.masking == "ctf":
-            logits, target, hidden = self._two_streams(context, guess, actions, level, target, hidden)
+            action = self.with_first(actions)
+            x, condition = self.enter(torch.cat((context, guess), 1), torch.cat((action, action), 1), level, text)
+            x = self.transformer(x, condition, two_streams=True)  # a masked frame sees complete past ones
+            logits, target, hidden = self.leave(x[:, target.shape[1] + 1 :]), target[:, 1:], hidden[:, 1:]
         else:
-            logits = self.logits(guess, actions, level)[:, 1:]
+            logits = self.logits(guess, actions, level, text)[:, 1:]
             target, hidden = target[:, 1:], hidden[:, 1:]
         return self.score(logits, target, hidden)
 
@@ -128,14 +153,12 @@ class Dynamics(nn.Module):
         right = ((logits.argmax(-1) == target).flatten() * weight).sum() / total
         return loss, {"loss": loss.detach(), "accuracy": right.detach(), "masked": weight.mean()}
 
-    def _two_streams(
-        self, context: Tensor, guess: Tensor, actions: Tensor, level: Tensor | None, target: Tensor, hidden: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Complete teacher forcing: each masked frame sees complete past frames, as in generation."""
-        action = self.with_first(actions)
-        x, condition = self.enter(torch.cat((context, guess), 1), torch.cat((action, action), 1), level)
-        y = self.transformer(x, condition, two_streams=True)
-        return self.leave(y[:, target.shape[1] + 1 :]), target[:, 1:], hidden[:, 1:]
+    def _text(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Hashed words (B, words) of a batch; for some samples "no word"."""
+        if not self.cfg.words or "text" not in batch:
+            return None
+        wordless = uniform_for(batch["key"], _WORDLESS, 1) < _WORDLESS_SHARE
+        return torch.where(wordless, self.cfg.text_vocabulary, batch["text"].long())
 
     def _check(self, tokens: Tensor, actions: Tensor) -> None:
         if (

@@ -84,7 +84,7 @@ class Distillation(nn.Module):
         return (rank + shift) % cfg.tokens
 
     @torch.no_grad()
-    def teach(self, tokens_BTN: Tensor, actions_BT: Tensor, key_B: Tensor) -> Tensor:
+    def teach(self, tokens_BTN: Tensor, actions_BT: Tensor, key_B: Tensor, text: Tensor | None = None) -> Tensor:
         """The teacher's draw of the last frame (B, N) in all its steps, given the frames before it."""
         teacher, order = self._teacher[0], self.order(key_B)
         (B, T, N), shape = tokens_BTN.shape, teacher.cfg.transformer
@@ -94,7 +94,7 @@ class Distillation(nn.Module):
 
         def features(tokens: Tensor, t: int) -> Tensor:
             clock = Clock.at(slice(0, B), begin + t, begin, T, shape.window, shape.head_size, teacher.head.weight.dtype)
-            return teacher.step(tokens, actions[:, t], caches, clock)
+            return teacher.step(tokens, actions[:, t], caches, clock, text)
 
         for t in range(T - 1):
             features(tokens_BTN[:, t], t)
@@ -109,10 +109,11 @@ class Distillation(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the student at what the teacher would reveal next, for batch tokens, actions and key."""
         tokens, actions, key = batch["tokens"].long(), batch["actions"].long(), batch["key"]
-        target = self.teach(tokens, actions, key)
+        text = batch.get("text")
+        target = self.teach(tokens, actions, key, text)
         counts = torch.tensor((0, *reveal_counts(target.shape[1], self.steps)[:-1]), device=key.device)
         stage = (uniform_for(key, _STAGE, 1) * self.steps).long()
         hidden = self.order(key) >= counts[stage]
         window = torch.cat((tokens[:, :-1], torch.where(hidden, self.student.mask_token, target)[:, None]), dim=1)
-        logits = self.student.logits(window, actions)[:, -1:]
+        logits = self.student.logits(window, actions, text=text)[:, -1:]
         return self.student.score(logits, target[:, None], hidden[:, None])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from models.config import DynamicsConfig, SamplerConfig
-from models.noise import fold, uniform
+from models.noise import uniform
+from models.text import fold
 
 _DRAW, _ORDER = 101, 102  # streams of random draws
 

@@ -6,7 +6,7 @@ No generator state exists: resuming, another world size or another neighbour in 
 import torch
 from torch import Tensor
 
-_MASK53, _MASK64 = (1 << 53) - 1, (1 << 64) - 1
+_MASK53 = (1 << 53) - 1
 
 
 def _signed(value: int) -> int:
@@ -19,17 +19,6 @@ _GOLDEN, _MIX1, _MIX2 = (_signed(v) for v in (0x9E3779B97F4A7C15, 0xBF58476D1CE4
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def fold(*counters: int) -> int:
-    """`mix` of numbers, on the host; a state that `mix` and `uniform` can go on from."""
-    state = 0
-    for counter in counters:
-        state = (state + counter + 0x9E3779B97F4A7C15) & _MASK64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-        state ^= state >> 31
-    return _signed(state)
 
 
 def mix(*counters: Tensor | int, state: Tensor | None = None) -> Tensor:

@@ -26,12 +26,16 @@ _IDLE, _REFINE, _COMMIT = range(3)
 
 @dataclass
 class Window:
-    """All that rebuilds a session: tokens int64 (n, N), actions int64 (n-1,), index of the newest frame, seed."""
+    """All that rebuilds a session: tokens int64 (n, N), actions int64 (n-1,), index of the newest frame, seed.
+
+    `text` are the hashed words of a world that knows text.
+    """
 
     tokens: Tensor
     actions: Tensor
     step: int
     seed: int
+    text: tuple[int, ...] = ()
 
 
 @dataclass
@@ -86,6 +90,7 @@ class Decoder:
 
     Attributes:
         current: tokens of the frames under way, int64 (slots, N).
+        text: hashed words of the sessions, int64 (slots, words).
         passes: frame-passes of the dynamics model so far (one frame of one slot each).
     """
 
@@ -100,6 +105,7 @@ class Decoder:
         self.caches = self.dynamics.transformer.caches(slots, self.dynamics.tokens, self.cells)
         self._pixel_caches = self.tokenizer.decoder.caches(slots, self.tokens, self._pixel_cells)
         self.current = torch.zeros(slots, self.tokens, dtype=torch.int64, device=self.device)
+        self.text = torch.zeros(slots, world.dynamics.cfg.words, dtype=torch.int64, device=self.device)
         self.revealer = Revealer(world.dynamics.cfg, sampler, self.device)
         self._counts = reveal_counts(self.tokens, sampler.steps)
         use_graph = self.device.type == "cuda" if graph is None else graph
@@ -155,12 +161,13 @@ class Decoder:
         if self._slots[slot] is not None:
             raise ModelError(f"slot {slot} is taken; release it first")
         self._slots[slot] = _Slot(self._checked(window))
+        self.text[slot] = torch.tensor(self._session(slot).window.text, dtype=torch.int64)
         self._refill([slot])
 
     def window(self, slot: int) -> Window:
         """All that rebuilds the slot's session as of its last finished frame."""
         w = self._session(slot).window
-        return Window(w.tokens.clone(), w.actions.clone(), w.step, w.seed)
+        return replace(w, tokens=w.tokens.clone(), actions=w.actions.clone())
 
     def fork(self, source: int, slot: int) -> None:
         """Copy an idle session with its cache into a free slot: a branch, without computing anything."""
@@ -172,6 +179,7 @@ class Decoder:
             if cache is not None:
                 cache.copy(source, slot)
         self._slots[slot] = replace(session, window=self.window(source))
+        self.text[slot] = self.text[source]
 
     def release(self, slot: int) -> None:
         """Forget the slot's session, whatever it is doing."""
@@ -215,7 +223,11 @@ class Decoder:
                 f"a window has actions {int(actions.min())}..{int(actions.max())}; "
                 f"this world knows 0..{self.dynamics.cfg.actions - 1}"
             )
-        return Window(tokens, actions, int(window.step), int(window.seed))
+        words, vocabulary = self.dynamics.cfg.words, self.dynamics.cfg.text_vocabulary
+        text = tuple(window.text) or (vocabulary,) * words
+        if len(text) != words or not all(0 <= word <= vocabulary for word in text):
+            raise ModelError(f"a window has the words {text}; this world takes {words} in 0..{vocabulary}")
+        return Window(tokens, actions, int(window.step), int(window.seed), text)
 
     # ------------------------------------------------------------------ passes
 
@@ -353,7 +365,8 @@ class Decoder:
         cfg = self.dynamics.cfg.transformer
         action = torch.tensor([self._session(i).action for i in slots], device=self.device)
         clock = self._clock(slots, self.cells, cfg.window, cfg.head_size)
-        return self.dynamics.step(self.current[self._rows(slots)], action, self.caches, clock)
+        rows = self._rows(slots)
+        return self.dynamics.step(self.current[rows], action, self.caches, clock, self.text[rows])
 
     def _pixels(self, slots: list[int]) -> Tensor:
         """Frames uint8 (S, H, W, C) of the slots' current tokens; writes the tokenizer decoder's cells."""

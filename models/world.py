@@ -13,6 +13,7 @@ from models.checkpoint import load_model, read_json, save_model, write_json
 from models.config import ActionsConfig, CodebookConfig, ModelError, SamplerConfig, WorldConfig
 from models.dynamics import Dynamics
 from models.sampler import Decoder, Finished, Window
+from models.text import hashed_words
 from models.tokenizer import Tokenizer
 
 
@@ -46,9 +47,7 @@ class CoTraining(nn.Module):
         if self.training and self.actions.codebook.continuous:
             loss = loss + 0.0 * sum(p.sum() for p in self.dynamics.parameters())  # every rank has every gradient
         else:
-            more, found = self.dynamics(
-                {"tokens": batch["tokens"], "actions": codes.codes.detach(), "key": batch["key"]}
-            )
+            more, found = self.dynamics({**batch, "actions": codes.codes.detach()})
             loss = loss + more
             metrics |= {f"dynamics/{name}": value for name, value in found.items()}
         return loss, {"loss": loss.detach(), **metrics}
@@ -95,8 +94,10 @@ class World:
         """Where the models are."""
         return self.dynamics.head.weight.device
 
-    def prompt_window(self, frames_THWC: Any, seed: int = 0) -> Window:
+    def prompt_window(self, frames_THWC: Any, seed: int = 0, text: str = "") -> Window:
         """The window of 1..T prompt frames uint8 (array or tensor); actions between them are inferred.
+
+        A world that knows text is told about itself by `text`.
 
         Raises:
             ModelError: frames have another size, type or count, or several are given without a latent action model.
@@ -117,11 +118,13 @@ class World:
                         "happened between them; give one frame"
                     )
                 actions = self.actions.infer(frames[None], tokens)[0].cpu()
-        return Window(tokens[0].cpu(), actions, len(frames) - 1, seed)
+        cfg = self.dynamics.cfg
+        words = tuple(hashed_words(text, cfg.words, cfg.text_vocabulary))
+        return Window(tokens[0].cpu(), actions, len(frames) - 1, seed, words)
 
-    def start(self, frames_THWC: Any, seed: int = 0, sampler: SamplerConfig | None = None) -> State:
+    def start(self, frames_THWC: Any, seed: int = 0, sampler: SamplerConfig | None = None, text: str = "") -> State:
         """Begin from 1..T prompt frames uint8; several carry motion. The sampler stays with the session."""
-        return State(self.prompt_window(frames_THWC, seed), sampler or SamplerConfig())
+        return State(self.prompt_window(frames_THWC, seed, text), sampler or SamplerConfig())
 
     def step(self, state: State, action: int) -> tuple[State, Tensor]:
         """Take an action -> the next state and its frame uint8 (H, W, C), a function of the state and action alone."""

@@ -6,6 +6,7 @@ are taken in groups and the windows of a group are shuffled together, so a reade
 
 import functools
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from infra.config import Home, UserError
+from models.text import fold, hashed_words
 from pipelines.shards import Dataset, open_dataset
 from pipelines.tokenize import TokenTable
 from pipelines.train_config import FeedConfig
@@ -26,18 +28,12 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
-MASK_64 = (1 << 64) - 1
+MOST_ROWS = 5000
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit number from integers, as good as random (splitmix64, Steele et al. 2014); the key of a sample."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & MASK_64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK_64
-        state ^= state >> 31
-    return state >> 1
+    """A 63-bit number from integers, as good as random; the key of a sample."""
+    return (fold(*numbers) & 0xFFFFFFFFFFFFFFFF) >> 1
 
 
 class Plan:
@@ -139,6 +135,10 @@ class Source:
     feed: FeedConfig
     tokenizer: str | None = None
     """Tokenizer artifact whose tokens come along"""
+    words: int = 0
+    """Words of the clips' titles that come along"""
+    text_vocabulary: int = 1
+    """Words are hashed to so many"""
 
     def open(self) -> "Windows":
         """The windows, readable."""
@@ -153,7 +153,7 @@ class Windows:
 
     def __init__(self, source: Source, dataset: Dataset, tokens: TokenTable | None) -> None:
         self.source, self.dataset, self.tokens = source, dataset, tokens
-        self.index = dataset.index(source.split)
+        self.index = dataset.index(source.split, *(["title"] if source.words else []))
         cuts = self.index["cut_frames"].to_pylist()
         self.plan = Plan(
             self.index["n_frames"].to_pylist(), [c or [] for c in cuts], source.frames, source.seed, source.feed
@@ -163,30 +163,42 @@ class Windows:
 
     def batch(self, first: int, count: int) -> Batch:
         """Samples first..first+count-1: frames uint8 (B,T,H,W,3), key int64 (B,), sample int64 (B,), and with a
-        tokenizer tokens int64 (B,T,N)."""
+        tokenizer tokens int64 (B,T,N), with words text int64 (B,words)."""
         places = [self.plan.window(sample) for sample in range(first, first + count)]
         end = self.source.frames
         batch: Batch = {
             "sample": np.arange(first, first + count, dtype=np.int64),
             "key": np.array([mix(self.source.seed, s, 2) for s in range(first, first + count)], dtype=np.int64),
-            "frames": np.stack([self.clip(clip)[start : start + end] for clip, start in places]),
+            "frames": np.stack([self._window(clip, start) for clip, start in places]),
         }
         if self.tokens is not None:
             batch["tokens"] = np.stack(
                 [self.tokens.read(self.clip_id(clip))[start : start + end] for clip, start in places]
             ).astype(np.int64)
+        if self.source.words:
+            titles = (self.index["title"][clip].as_py() or "" for clip, _ in places)
+            words = [hashed_words(title, self.source.words, self.source.text_vocabulary) for title in titles]
+            batch["text"] = np.array(words, dtype=np.int64)
         return batch
 
     def clip_id(self, clip: int) -> str:
         """The id of a clip by its number in the index."""
         return self.index["clip_id"][clip].as_py()
 
+    def _window(self, clip: int, start: int) -> np.ndarray:
+        if self.source.feed.windows_per_clip == 1:  # this visit wants nothing else of the clip
+            return decode_clip(self._stored(clip), start, self.source.frames)
+        return self.clip(clip)[start : start + self.source.frames]
+
+    def _stored(self, clip: int) -> bytes:
+        return self.dataset.read_clips(self.index.slice(clip, 1))[0]
+
     def clip(self, clip: int) -> np.ndarray:
         """All frames of a clip, uint8 (n,H,W,3)."""
         if clip in self._decoded:
             self._decoded.move_to_end(clip)
             return self._decoded[clip]
-        frames = decode_clip(self.dataset.read_clips(self.index.slice(clip, 1))[0])
+        frames = decode_clip(self._stored(clip))
         self._decoded[clip] = frames
         self._bytes += frames.nbytes
         while self._bytes > self.source.feed.cache_bytes and len(self._decoded) > 1:
@@ -195,14 +207,15 @@ class Windows:
 
 
 class Reader:
-    """Ray Data's actor: a row that names a micro-batch becomes the micro-batch."""
+    """Ray Data's actor: a row that names micro-batches becomes the micro-batches."""
 
     def __init__(self, source: Samplable, micro_batch: int) -> None:
         self.windows, self.micro_batch = source.open(), micro_batch
 
-    def __call__(self, row: dict[str, np.ndarray]) -> Batch:
-        """The samples from `first` on; their numbers come along, for the loop to check."""
-        return self.windows.batch(int(row["first"][0]), self.micro_batch)
+    def __call__(self, row: dict[str, np.ndarray]) -> Iterator[Batch]:
+        """For each first sample a micro-batch; the samples' numbers come along, for the loop to check."""
+        for first in row["firsts"][0]:
+            yield self.windows.batch(int(first), self.micro_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +276,8 @@ def stream(source: Samplable, schedule: Schedule, step: int) -> "ray.data.Datase
     """The micro-batches from `step` on, in order, one block each.
 
     With `preserve_order` and blocks of equal size Ray Train deals them out in turn: micro-batch m goes to rank
-    m modulo the number of workers.
+    m modulo the number of workers. Planning costs Ray a millisecond for each row, so a long training names several
+    micro-batches in a row: never more than `MOST_ROWS` rows.
     """
     import ray.data
 
@@ -272,21 +286,29 @@ def stream(source: Samplable, schedule: Schedule, step: int) -> "ray.data.Datase
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.custom_execution_callback_classes = cast(Any, [Pace])  # the four methods are its whole interface
-    rows = [{"first": schedule.first_sample(micro)} for micro in schedule.remaining(step)]
-    return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    firsts = [schedule.first_sample(micro) for micro in schedule.remaining(step)]
+    each = max(1, math.ceil(len(firsts) / MOST_ROWS))
+    rows = [{"firsts": firsts[n : n + each]} for n in range(0, len(firsts), each)]
+    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Reader,
         fn_constructor_args=(source, schedule.micro_batch),
         batch_size=None,
         num_cpus=0.1,
         compute=ray.data.ActorPoolStrategy(size=source.feed.readers),
     )
+    if each > 1:  # Ray would join small blocks: with this limit it ends one after each micro-batch
+        sample_bytes = sum(column.nbytes for column in source.open().batch(firsts[0], 1).values())
+        data.context.target_max_block_size = int(0.9 * sample_bytes * schedule.micro_batch)
+        # two by default, and then it waits for the executor's next turn: a tenth of a second for two micro-batches
+        data.context._max_num_blocks_in_streaming_gen_buffer = each
+    return data
 
 
 def local_batches(source: Samplable, schedule: Schedule, step: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
     """The same micro-batches (of one rank) in this process, without Ray."""
-    reader = Reader(source, schedule.micro_batch)
+    samples = source.open()
     for micro in schedule.remaining(step)[rank::world]:
-        yield reader({"first": np.array([schedule.first_sample(micro)])})
+        yield samples.batch(schedule.first_sample(micro), schedule.micro_batch)
 
 
 def windows(home: Home, dataset: str, split: str, frames: int, count: int, seed: int) -> np.ndarray:

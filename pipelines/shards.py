@@ -49,6 +49,7 @@ _SIGNALS = [
     ("contrast", pa.float32()),
     ("blur", pa.float32()),
     ("letterbox", pa.float32()),
+    ("shape", pa.float32()),
     ("cut_frames", pa.list_(pa.int32())),
 ]
 WINDOW = pa.struct(
@@ -68,6 +69,7 @@ SOURCE_FIELDS = [
     ("source_fps", pa.float32()),
     ("source_width_px", pa.int32()),
     ("source_height_px", pa.int32()),
+    ("source_bars_px", pa.list_(pa.int32())),
     ("title", pa.string()),
     ("uploader", pa.string()),
     ("webpage_url", pa.string()),
@@ -262,9 +264,12 @@ class Dataset:
         )
         return table.filter(self._belongs(split)).select(wanted)
 
-    def index(self, split: str | None = None) -> pa.Table:
-        """Where every clip lies: clip_id, video_id, file, row_group, row, n_frames, cut_frames; sorted by clip id."""
-        columns = ["clip_id", "video_id", "split", "n_frames", "cut_frames"]
+    def index(self, split: str | None = None, *more: str) -> pa.Table:
+        """Where every clip lies: clip_id, video_id, file, row_group, row, n_frames, cut_frames; sorted by clip id.
+
+        `more` names further columns of the clips.
+        """
+        columns = ["clip_id", "video_id", "split", "n_frames", "cut_frames", *more]
         parts = [placed(path, columns) for path in self.clip_files()]
         if not parts:
             raise DatasetError(
@@ -272,7 +277,7 @@ class Dataset:
             )
         table = pa.concat_tables(parts).sort_by("clip_id")
         table = table.filter(self._belongs(split))
-        return table.select(["clip_id", "video_id", "file", "row_group", "row", "n_frames", "cut_frames"])
+        return table.select(["clip_id", "video_id", "file", "row_group", "row", "n_frames", "cut_frames", *more])
 
     def read_clips(self, rows: pa.Table, column: str = "video") -> list[bytes]:
         """The stored mp4 bytes of index rows, in their order; one row group is read for each."""

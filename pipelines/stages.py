@@ -101,7 +101,8 @@ def plan_job(config: TrainConfig) -> Job:
     check_size(dataset, part.height_px, part.width_px, f"the {config.stage}")
     frames = getattr(model, "dynamics" if config.stage in ("world", "distilled") else config.stage).frames
     source = feed.Source(home=home.path, dataset=dataset.reference, split="train", frames=frames, seed=config.seed,
-                         feed=config.feed, tokenizer=tokens)  # fmt: skip
+                         feed=config.feed, tokenizer=tokens, words=model.dynamics.words if tokens else 0,
+                         text_vocabulary=model.dynamics.text_vocabulary)  # fmt: skip
     identity = _identity(config, model, dataset.reference, made)
     return Job(
         config=replace(config, home=home.path, dataset=dataset.reference),

@@ -17,6 +17,7 @@ SETTINGS = {
     "corrupted": {"corruption": 0.2},
     "grouped": {"transformer": {"kv_heads": 1, "layers": 3}},
     "full": {"transformer": {"attention": "full"}},
+    "words": {"words": 2, "text_vocabulary": 4, "action_mode": "prepended"},
 }
 
 
@@ -26,6 +27,7 @@ def batch_of(count: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
         "tokens": torch.randint(0, CODES, (count, FRAMES, TOKENS), generator=g),
         "actions": torch.randint(0, ACTIONS, (count, FRAMES - 1), generator=g),
         "key": torch.arange(count),
+        "text": torch.tensor([[1, 2], [3, 0]]).repeat(count // 2, 1),
     }
 
 
@@ -101,3 +103,28 @@ def test_wrong_inputs_are_named(make_dynamics, change, words):
 def test_wrong_settings_are_named(make_dynamics, change, words):
     with pytest.raises(ModelError, match=words):
         make_dynamics(**change)
+
+
+def test_words_stand_before_every_frame_and_matter(make_dynamics):
+    model = make_dynamics(words=2, text_vocabulary=8).eval()
+    batch = batch_of()
+    with torch.no_grad():
+        said = [
+            model.logits(batch["tokens"], batch["actions"], text=text)
+            for text in (
+                None,
+                torch.full((len(batch["tokens"]), 2), 8),
+                torch.tensor([[1, 2]]).expand(len(batch["tokens"]), 2),
+            )
+        ]
+    assert said[0].shape == (*batch["tokens"].shape, model.cfg.vocabulary)
+    assert torch.equal(said[0], said[1])
+    assert not torch.allclose(said[0], said[2])
+
+
+def test_a_text_is_left_out_of_some_samples(make_dynamics):
+    model = make_dynamics(words=2, text_vocabulary=8)
+    text = model._text({"text": torch.ones(2000, 2), "key": torch.arange(2000)})
+    share = (text == 8).all(1).double().mean()
+    assert 0.07 < float(share) < 0.13
+    assert ((text == 8).all(1) | (text == 1).all(1)).all()

@@ -1,4 +1,4 @@
-"""Passes of fixed shapes over all slots draw what the ordinary ones draw; what compiles once is never compiled again."""
+"""Passes of fixed shapes over all slots draw what the ordinary ones draw; compiled once, they stay compiled."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def story(decoder: Decoder, world, clip) -> list[tuple[int, list[int], torch.Ten
         for _ in range(passes):
             frames.extend((f.slot, f.tokens.tolist(), f.frame) for f in decoder.advance())
 
-    decoder.restore(0, world.prompt_window(clip(1, 2)[0], 1))
+    decoder.restore(0, world.prompt_window(clip(1, 2)[0], 1, "two words"))
     decoder.begin(0, 1)
     turn(2)
     decoder.restore(2, world.prompt_window(clip(1, 1)[0], 2))
@@ -44,7 +44,7 @@ def story(decoder: Decoder, world, clip) -> list[tuple[int, list[int], torch.Ten
 def test_it_draws_what_ordinary_passes_draw(make_world, clip, policy, action_mode, order):
     window = 2 if policy == "rolling" else FRAMES
     world = make_world(
-        dynamics={"action_mode": action_mode, "transformer": {"window": window}},
+        dynamics={"action_mode": action_mode, "words": 2, "transformer": {"window": window}},
         tokenizer={"decoder": {"window": window}},
         double=True,
     )

@@ -41,7 +41,8 @@ def full_window(world, window: Window, action: int, sampler: SamplerConfig) -> t
     place = torch.arange(N)
     for p in range(sampler.steps):
         with torch.no_grad():
-            logits = model.logits(torch.cat((window.tokens[None], current), 1), actions)[:, -1]
+            text = torch.tensor([window.text], dtype=torch.int64)
+            logits = model.logits(torch.cat((window.tokens[None], current), 1), actions, text=text)[:, -1]
         noise = uniform(window.seed, window.step + 1, torch.tensor(p), 101, place)
         token, score = draw(logits, noise[None], sampler.temperature, sampler.top_k)
         if sampler.order == "halton":
@@ -69,6 +70,7 @@ modes = st.fixed_dictionaries(
         "steps": st.integers(1, 5),
         "prompt": st.integers(1, FRAMES),
         "corruption": st.sampled_from([0.0, 0.2]),
+        "words": st.sampled_from([0, 2]),
     }
 )
 
@@ -81,12 +83,12 @@ def test_cached_decoding_equals_full_window_decoding_in_fp64(make_world, clip, m
     shape = {"layers": mode["layers"], "attention": mode["attention"], "kv_heads": mode["kv_heads"]}
     shape["window"] = 2 if rolling else FRAMES
     world = make_world(
-        dynamics={"action_mode": mode["action_mode"], "corruption": mode["corruption"], "transformer": shape},
+        dynamics={name: mode[name] for name in ("action_mode", "corruption", "words")} | {"transformer": shape},
         tokenizer={"decoder": {"window": 2 if rolling else FRAMES}},
         double=True,
     )
     sampler = SamplerConfig(steps=mode["steps"], policy=mode["policy"], order=mode["order"], temperature=1.5)
-    window = world.prompt_window(clip(1, mode["prompt"])[0], 9)
+    window = world.prompt_window(clip(1, mode["prompt"])[0], 9, "A title")
     decoder = Decoder(world, 1, sampler)
     decoder.restore(0, window)
     tokens, actions = window.tokens, window.actions  # of the whole stream, or since the anchor
@@ -94,7 +96,7 @@ def test_cached_decoding_equals_full_window_decoding_in_fp64(make_world, clip, m
         if not rolling and len(tokens) >= FRAMES:
             keep = FRAMES // 2 if mode["policy"] == "epoch" else FRAMES - 1
             tokens, actions = tokens[-keep:], actions[len(actions) - keep + 1 :]
-        expected = full_window(world, Window(tokens, actions, window.step + t, 9), t % ACTIONS, sampler)
+        expected = full_window(world, Window(tokens, actions, window.step + t, 9, window.text), t % ACTIONS, sampler)
         decoder.begin(0, t % ACTIONS)
         found = []
         while not found:

@@ -175,7 +175,7 @@ def test_trap_5_drawn_tokens_are_fed_back(make_world, clip, monkeypatch):
     seen = []
     enter = Dynamics.enter
     monkeypatch.setattr(
-        Dynamics, "enter", lambda self, tokens, *a: (seen.append(tokens.clone()), enter(self, tokens, *a))[1]
+        Dynamics, "enter", lambda self, tokens, *a, **k: (seen.append(tokens.clone()), enter(self, tokens, *a, **k))[1]
     )
     decoder = Decoder(world, 1, SamplerConfig(steps=4))
     decoder.restore(0, world.prompt_window(clip(1, 1)[0]))

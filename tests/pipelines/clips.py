@@ -15,7 +15,9 @@ def write_dataset(home, name="toys", clips=6, frames=24, size=32, test=2, cuts=(
         clip_id, split = f"{unit}c{n:03d}", "test" if n >= clips - test else "train"
         made[clip_id] = scroll(frames, seed=n, size=size)
         facts = dict(clip_id=clip_id, video_id=f"{unit}v{n}", unit_id=unit, split=split, start_s=0.0, fps=10)
-        sizes = dict(n_frames=frames, width_px=size, height_px=size, codec="h264_444", cut_frames=list(cuts))
+        sizes = dict(
+            n_frames=frames, width_px=size, height_px=size, codec="h264_444", cut_frames=list(cuts), title=f"Toy {n}"
+        )
         rows.append({**dict.fromkeys(CLIP_SCHEMA.names), **facts, **sizes, "video": encode_clip(made[clip_id])})
         kept = dict(video_id=f"{unit}v{n}", unit_id=unit, split=split, outcome="kept", clips=1, dropped_clips=[])
         ledger.append({**dict.fromkeys(VIDEO_SCHEMA.names), **kept})

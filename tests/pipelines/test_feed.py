@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.config import UserError
+from models.text import hashed_words
 from pipelines.feed import Plan, Schedule, Source, local_batches, mix, stream, windows
 from pipelines.train_config import FeedConfig
 from tests.pipelines.clips import close, write_dataset
@@ -110,17 +111,28 @@ def test_a_later_start_streams_the_rest_and_ranks_share_it(home):
     assert [b["sample"].tolist() for b in local_batches(source(home), schedule, 3, 1, 2)] == whole[7::2]
 
 
-def test_ray_data_streams_the_same_batches_in_the_same_order(home, ray_cluster):
+@pytest.mark.parametrize("rows", [5000, 3])
+def test_ray_data_streams_the_same_batches_in_the_same_order(home, ray_cluster, monkeypatch, rows):
     import ray.data
 
+    monkeypatch.setattr("pipelines.feed.MOST_ROWS", rows)  # few: several micro-batches in each
     write_dataset(home)
     schedule = Schedule(batch=4, micro_batch=2, steps=6, skipped=(3,))
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    streamed = list(stream(source(home), schedule, 2).iter_batches(batch_size=2, batch_format="numpy"))
+    streamed = list(stream(source(home), schedule, 2).iter_batches(batch_size=None, batch_format="numpy"))
     local = list(local_batches(source(home), schedule, 2))
     assert len(streamed) == len(local) == 8
     for one, other in zip(streamed, local, strict=True):
         assert all(np.array_equal(one[name], other[name]) for name in ("frames", "sample", "key"))
+
+
+def test_one_window_of_a_clip_is_decoded_alone_and_is_the_same(home):
+    write_dataset(home, frames=40)
+    alone, whole = (source(home, feed=FeedConfig(windows_per_clip=n)).open() for n in (1, 2))
+    for sample in range(8):
+        clip, start = alone.plan.window(sample)
+        assert np.array_equal(alone.batch(sample, 1)["frames"][0], whole.clip(clip)[start : start + 8])
+    assert not alone._decoded
 
 
 def test_evaluation_windows_come_from_the_held_out_split(home):
@@ -135,3 +147,12 @@ def test_clips_that_are_too_short_are_named(home):
     write_dataset(home, frames=24)
     with pytest.raises(UserError, match="no clip has 25 frames .the longest of 4 has 24."):
         source(home, frames=25).open()
+
+
+def test_words_of_titles_come_along(home):
+    write_dataset(home)
+    batch = source(home, words=3, text_vocabulary=100).open().batch(0, 4)
+    said = {tuple(row) for row in batch["text"].tolist()}
+    assert said <= {tuple(hashed_words(f"Toy {n}", 3, 100)) for n in range(4)}
+    assert len(said) > 1
+    assert "text" not in source(home).open().batch(0, 1)
