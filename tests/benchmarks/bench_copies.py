@@ -20,6 +20,7 @@ import numpy as np
 
 from pipelines.config import CurateConfig, FilterConfig, RecordConfig, RulesConfig
 from pipelines.curate import curate
+from pipelines.dedup import read_pairs
 from pipelines.gameplay import Episode, play
 from pipelines.video import write_video
 
@@ -65,11 +66,12 @@ def main():
         config = CurateConfig(home=Path(root), source=raw, rules=rules, filters=FilterConfig(min_blur=0))
         result = curate(config)
         rows = result.dataset.video_table(["video_id", "windows"]).to_pylist()
-    tell(rows)
+        pairs = read_pairs(result.path)
+    tell(rows, pairs)
 
 
-def tell(rows):
-    """Recall by kind of copy (single-screen games apart), and precision over all."""
+def tell(rows, pairs):
+    """Recall by kind of copy (single-screen games apart), precision over all, and how alike different levels were."""
     video_of = {w["clip_id"]: row["video_id"] for row in rows for w in row["windows"] if w["clip_id"]}
     whole = {row["video_id"] for row in rows if all(not w["reason"] for w in row["windows"])}
     found, all_of, wrong, dropped = Counter(), Counter(), 0, 0
@@ -87,6 +89,9 @@ def tell(rows):
     for kind in KINDS[1:]:
         said = (f"{g} {found[kind, g]}/{all_of[kind, g]}" for g in ("scrolling", "single-screen"))
         print(f"{kind:12} found: {', '.join(said)}")  # noqa: T201
+    levels = {clip: "-".join(video.split("-")[:2]) for clip, video in video_of.items()}
+    others = [p["agreement"] for p in pairs if levels[p["a"]] != levels[p["b"]]]
+    print(f"different levels: {len(others)} pairs compared, the most alike {max(others, default=0):.2f}")  # noqa: T201
     print(f"precision    {1 - wrong / max(1, dropped):.3f} of {dropped} clips that were dropped as copies")  # noqa: T201
 
 
