@@ -97,7 +97,9 @@ class FilterConfig:
     """Thresholds on measured signals. None of them changes what is measured, so a new value decodes nothing again."""
 
     max_static_share: float = 0.8
-    """Share of frames in which under 0.2% of the pixels change: above it the clip is static, a slideshow, a desktop."""
+    """Share of frames in which under 0.2% of the pixels change: above it the clip is static, a desktop."""
+    max_slides: int = 1
+    """Cuts that a static clip may have; with more it is called a slideshow."""
     max_black_share: float = 0.5
     """Share of blank frames (hardly any contrast; dark games have it) a clip may have."""
     min_blur: float = 20.0
@@ -110,6 +112,8 @@ class FilterConfig:
     """Cuts within a clip. Deaths and respawns look like cuts, so only many refuse a clip."""
     max_corrupt_share: float = 0.02
     """Share of source frames that the decoder marked damaged."""
+    min_shape: float = 0.8
+    """Least width of the shown picture (turned, without bars) for each pixel of its height; below it is portrait."""
     min_quality: float = 0.0
     """Least probability of good gameplay, as the classifier of `--quality` says; clips without a score are kept."""
     max_copied_share: float = 0.5

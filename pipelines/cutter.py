@@ -73,6 +73,7 @@ class Cutter:
             **facts,
             **measure(luma),
             "corrupt_share": sampler.clip_corrupt_share(),
+            "shape": sampler.shape,
             "cut_frames": sorted(c for c in cuts if 0 < c < size),
         }
         start_s = first / fps
@@ -108,6 +109,7 @@ def _source(sampler: Sampler) -> dict[str, Any]:
         "source_fps": probe.fps,
         "source_width_px": probe.width_px,
         "source_height_px": probe.height_px,
+        "source_bars_px": list(sampler.bars_px),
     }
 
 

@@ -17,7 +17,19 @@ from pipelines.config import FilterConfig, RulesConfig
 RULES_FILE = Path(__file__).with_name("rules.toml")
 CHANGED_LEVELS = 12  # a pixel counts as changed above it: compression noise stays below
 CHANGED_SHARE = 0.002  # a frame counts as static if fewer pixels change
-ORDER = ("corrupt", "too_few_frames", "gap", "black", "static", "blur", "cuts", "quality", "copy")
+ORDER = (
+    "corrupt",
+    "too_few_frames",
+    "gap",
+    "portrait",
+    "black",
+    "slideshow",
+    "static",
+    "blur",
+    "cuts",
+    "quality",
+    "copy",
+)
 """The tests of a clip; of several that refuse it, the first is its reason."""
 BLANK_CONTRAST = 6.0  # standard deviation of luma; mean luma is no test, good dark games have a mean of 13
 
@@ -219,17 +231,20 @@ class Decision:
 
 def decisions(signals: dict[str, Any], config: FilterConfig) -> list[Decision]:
     """Every test that a clip's stored signals go through, in order; the first that refuses it is the reason."""
+    still = signals["static_share"] > config.max_static_share
     at_most = {
         "corrupt": (signals["corrupt_share"], config.max_corrupt_share),
         "too_few_frames": (signals["held_share"], config.max_held_share),
         "gap": (signals["max_gap_ms"] / 1000, config.max_gap_s),
         "black": (signals["black_share"], config.max_black_share),
         "static": (signals["static_share"], config.max_static_share),
+        "slideshow": (len(signals["cut_frames"]) if still else 0, config.max_slides),
         "cuts": (len(signals["cut_frames"]), config.max_cuts),
         "copy": (signals.get("copied_share") or 0.0, config.max_copied_share),
     }
     quality = signals.get("quality")  # a clip that no classifier has seen is not judged by it
     at_least = {
+        "portrait": (signals.get("shape") or config.min_shape, config.min_shape),
         "blur": (signals["blur"], config.min_blur),
         "quality": (config.min_quality if quality is None else quality, config.min_quality),
     }

@@ -16,7 +16,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from pipelines.video import BLACK, SCALING, Source, VideoError, colours, headers, open_video, plain
 
-TOLERANCE_S = 0.001  # Matroska keeps milliseconds
+TOLERANCE_S = 0.001001  # Matroska keeps milliseconds; the rest is for sums of floats
 SEEK_BACK_S = (1.0, 20.0, 200.0)
 BAR_PICTURES, BAR_LEVEL, BAR_LIT_SHARE = 4, 24, 0.01
 Aspect = Literal["pad", "crop", "stretch"]
@@ -61,6 +61,7 @@ class Sampler:
         tally: what was met so far.
         probe: the file's headers.
         bars_px: rows above and below, and columns left and right, that are cut off before scaling.
+        shape: width of the shown picture (turned, without bars) for each pixel of its height.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Sampler:
         self.container, self.stream = open_video(path)
         self.probe = headers(self.container, self.stream)
         self.fps, self.width_px, self.height_px, self.aspect, self.bars_px = fps, width_px, height_px, aspect, bars_px
+        self.shape = 0.0
         self.tally = Tally()
         self._before_clip = Tally()
         self._cuts = CutDetector()
@@ -200,6 +202,7 @@ class Sampler:
         same = (frame.width, frame.height) == (self.probe.width_px, self.probe.height_px)
         bar_y, bar_x = self.bars_px if same else (0, 0)
         high, wide = frame.height - 2 * bar_y, frame.width - 2 * bar_x
+        self.shape = high / wide if turned else wide / high
         inner = self._inner(wide, high)[::-1] if turned else self._inner(high, wide)
         small = self._scaler.reformat(
             frame,

@@ -180,11 +180,7 @@ class Writer:
             return videos.version()
         facts = {"message": message, "clips_version": str(clips_version), "config_digest": self.config_digest}
         replaced = {again[unit] for unit, _ in new_videos if again and unit in again}
-
-        def without(row: dict[str, Any]) -> dict[str, Any] | None:
-            return None if row["video_id"] in replaced else row
-
-        return append(self.folder / "videos", VIDEO_SCHEMA, videos, new_videos, facts, without if replaced else None)
+        return append(self.folder / "videos", VIDEO_SCHEMA, videos, new_videos, facts, replaced)
 
     def amend(self, changes: dict[str, dict[str, Any]], message: str) -> int:
         """Rewrites ledger rows in a new version; clips and the versions before stay as they are.
@@ -203,7 +199,8 @@ class Writer:
             return table.version()
         clips_version = open_table(self.folder / "clips").version()
         facts = {"message": message, "clips_version": str(clips_version), "config_digest": self.config_digest}
-        return rewrite(root, table, VIDEO_SCHEMA, lambda row: {**row, **changes.get(row["video_id"], {})}, facts)
+        change = lambda row: {**row, **changes.get(row["video_id"], {})}  # noqa: E731
+        return rewrite(root, table, VIDEO_SCHEMA, change, facts, set(changes))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------

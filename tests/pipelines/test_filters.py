@@ -147,6 +147,11 @@ def test_what_is_seen_decides(frames, reason):
         ({"max_gap_ms": 2500}, "gap"),
         ({"cut_frames": list(range(13))}, "cuts"),
         ({"cut_frames": list(range(12))}, ""),
+        ({"static_share": 0.9, "cut_frames": [3]}, "static"),
+        ({"static_share": 0.9, "cut_frames": [3, 9]}, "slideshow"),
+        ({"shape": 0.7}, "portrait"),
+        ({"shape": 1.0}, ""),
+        ({"shape": None}, ""),  # a row from before it was measured
     ],
 )
 def test_what_the_decoder_met_decides(facts, reason):

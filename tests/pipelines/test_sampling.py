@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from pipelines.sampling import CutDetector, Sampler, fit, luma_grid
+from pipelines.sampling import CutDetector, Sampler, find_bars, fit, luma_grid
 from pipelines.unit import curate_video
 from tests.pipelines.footage import film, film_as, scroll, settings, sidecar, sound
 
@@ -49,6 +49,33 @@ def png():
     return cv2.imencode(".png", LONG[0])[1].tobytes()
 
 
+def barred(rows, columns, size=120):
+    """`LONG` between black bars."""
+    inner = np.stack(
+        [cv2.resize(f, (size - 2 * columns, size - 2 * rows), interpolation=cv2.INTER_NEAREST) for f in LONG]
+    )
+    return np.pad(inner, ((0, 0), (rows, rows), (columns, columns), (0, 0)))
+
+
+def with_cover(path):
+    """A video whose first stream is its cover picture."""
+    film_as(path, LONG)
+    with av.open(str(path)) as source, av.open(str(path.with_suffix(".mov")), "w", format="mov") as target:
+        cover = target.add_stream("png", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 64, "rgb24"
+        cover.disposition = av.stream.Disposition.attached_pic
+        stream = target.add_stream_from_template(source.streams.video[0])
+        still = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        still.pts, still.time_base = 0, Fraction(1)
+        target.mux(cover.encode(still))
+        target.mux(cover.encode())
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    path.with_suffix(".mov").replace(path)
+
+
 AWKWARD = {
     "h264.mp4": (lambda p: film_as(p, LONG), "kept", ""),
     "h264_444.mkv": (lambda p: film_as(p, LONG, pixels="yuv444p"), "kept", ""),
@@ -77,7 +104,11 @@ AWKWARD = {
     "odd_size.mkv": (lambda p: film_as(p, wide(LONG, 65, 63), codec="ffv1", pixels="yuv444p"), "kept", ""),
     "rotated_90.mp4": (lambda p: film_as(p, LONG, rotation=90), "kept", ""),
     "rotated_180.mp4": (lambda p: film_as(p, LONG, rotation=180), "kept", ""),
-    "portrait.mp4": (lambda p: film_as(p, wide(LONG, 64, 112)), "kept", ""),
+    "portrait.mp4": (lambda p: film_as(p, wide(LONG, 64, 112)), "rejected", "portrait"),
+    "portrait_turned.mp4": (lambda p: film_as(p, wide(LONG, 112, 64), rotation=90), "rejected", "portrait"),
+    "landscape_turned.mp4": (lambda p: film_as(p, wide(LONG, 64, 112), rotation=90), "kept", ""),
+    "letterbox.mp4": (lambda p: film_as(p, barred(30, 0), g="9"), "kept", ""),
+    "cover.mp4": (with_cover, "kept", ""),
     "panorama.mp4": (lambda p: film_as(p, wide(LONG, 256, 64)), "kept", ""),
     "sixty.mp4": (lambda p: film_as(p, np.repeat(LONG, 3, axis=0), fps=Fraction(60)), "kept", ""),
     "ntsc.mp4": (lambda p: film_as(p, LONG, fps=NTSC), "kept", ""),
@@ -90,7 +121,7 @@ AWKWARD = {
         "gap",
     ),
     "cuts.mp4": (lambda p: film_as(p, scroll(90, cut_every=3)), "partial", "cuts"),
-    "slides.mp4": (lambda p: film_as(p, slides()), "rejected", "static"),
+    "slides.mp4": (lambda p: film_as(p, slides()), "rejected", "slideshow"),
     "blurred.mp4": (lambda p: film_as(p, blurred()), "rejected", "blur"),
     "one_frame.mp4": (lambda p: film_as(p, LONG[:1]), "rejected", "too_short"),
     "picture.mp4": (lambda p: raw(p, png()), "rejected", "too_short"),
@@ -148,7 +179,7 @@ def test_uneven_times_are_sampled_with_hold(tmp_path, steps):
     frames = np.stack([np.full((16, 16, 3), 7 * n, np.uint8) for n in range(len(times))])
     path = film_as(tmp_path / "v.mkv", frames, codec="ffv1", pixels="bgr0", times_s=list(times))
     _, slots = sampled(path, 16)
-    wanted = [int(np.searchsorted(times, s.index / 10 + 1e-3, side="right") - 1) for s in slots]
+    wanted = [int(np.searchsorted(times, s.index / 10 + 1.001e-3, side="right") - 1) for s in slots]
     assert [round(s.frame.mean() / 7) for s in slots] == wanted
     assert len(slots) >= int(times[-1] * 10)
 
@@ -168,6 +199,30 @@ def test_other_shapes_are_padded_cropped_or_stretched(tmp_path):
     path = film_as(tmp_path / "v.mp4", np.full((10, 64, 128, 3), 200, np.uint8))
     lit = {a: (sampled(path, aspect=a)[1][0].frame > 100).all(axis=2).mean() for a in ("pad", "crop", "stretch")}
     assert lit == {"pad": pytest.approx(0.5, abs=0.04), "crop": 1.0, "stretch": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "found"),
+    [(30, 0, (30, 0)), (0, 20, (0, 20)), (16, 24, (16, 24)), (0, 0, (0, 0)), (1, 1, (0, 0)), (55, 0, (0, 0))],
+)
+def test_bars_of_a_whole_video_are_cut_off(tmp_path, rows, columns, found):
+    path = film_as(tmp_path / "v.mp4", barred(rows, columns), g="9", crf="10")
+    bars = find_bars(path)
+    assert bars == pytest.approx(found, abs=1)  # the codec smears an edge
+    sampler, slots = sampled(path, 64, aspect="stretch", bars_px=bars)
+    if found != (0, 0):
+        assert np.abs(slots[10].frame.astype(int) - LONG[20]).mean() < 25
+        assert sampler.shape == pytest.approx((120 - 2 * columns) / (120 - 2 * rows), rel=0.05)
+
+
+def test_what_is_dark_for_a_while_or_on_one_side_is_no_bar(tmp_path):
+    assert find_bars(film_as(tmp_path / "still.mp4", barred(30, 0)[:1])) == (0, 0)  # one picture is not enough
+    one_side = barred(0, 0)
+    one_side[:, :30] = 0
+    assert find_bars(film_as(tmp_path / "one.mp4", one_side, g="9")) == (0, 0)
+    a_while = np.concatenate([barred(30, 0)[:45], barred(0, 0)[:45]])
+    assert find_bars(film_as(tmp_path / "while.mp4", a_while, g="9")) == (0, 0)
+    assert find_bars(film_as(tmp_path / "dark.mp4", np.zeros((90, 64, 64, 3), np.uint8), g="9")) == (0, 0)
 
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40))
