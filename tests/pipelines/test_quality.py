@@ -24,6 +24,7 @@ from pipelines.shards import open_dataset
 from pipelines.train import command, train
 from pipelines.train_config import FeedConfig, OptimizerConfig, TrainConfig
 from tests.pipelines.footage import arcade, drama, film, scroll, settings
+from tests.pipelines.test_train import die_at
 
 MODEL = QualityConfig(frames=3, height_px=24, width_px=24, width=8, groups=4)
 EVERY = FilterConfig(min_blur=0, max_copied_share=1.0)
@@ -96,6 +97,13 @@ def test_the_same_training_is_found_and_other_labels_are_another(rated, classifi
     other = train(training(rated.home, steps=2))
     assert other.version == "v2"
     Ballot(dataset).rate(one, GOOD)
+
+
+def test_continued_equals_uninterrupted(rated):
+    whole, broken = (training(rated.home, name=name, steps=6, checkpoint_every=2) for name in ("whole", "broken"))
+    one = train(whole)
+    die_at(broken, 3)
+    assert train(broken).files["model.safetensors"] == one.files["model.safetensors"]
 
 
 @pytest.mark.slow
