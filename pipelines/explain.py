@@ -21,7 +21,7 @@ from pipelines.sources import Source, source_of
 from pipelines.tables import delta_table
 from pipelines.unit import Child
 
-SAMPLE = 3
+SAMPLE, SAMPLE_S = 3, 300.0
 
 
 def estimate(config: CurateConfig) -> str:
@@ -51,23 +51,24 @@ def _listed(counts: Counter[str]) -> str:
 def _cost(config: CurateConfig, wanted: list[dict[str, Any]], seconds: float) -> Iterable[str]:
     sample = [wanted[round(i * (len(wanted) - 1) / max(1, SAMPLE - 1))] for i in range(min(SAMPLE, len(wanted)))]
     child = Child(to_dict(config), "")
-    plain: dict[str, Any] = {"verdict": False, "peek": False, "have": list[str]()}
+    last = max(1, round(SAMPLE_S * config.fps / config.clip_frames)) * config.clip_frames - 1
+    plain: dict[str, Any] = {"verdict": False, "peek": False, "have": list[str](), "last_slot": last}
     done: list[dict[str, Any]] = []
     for row in sample:
         with contextlib.suppress(FetchError), fetched(row["path"], row["size_bytes"], config.fetch) as got:
-            done.append(child.run({"path": str(got.path), **plain}, config.timeout_s))
+            result = child.run({"path": str(got.path), **plain}, config.timeout_s)
+            done.append({**result, "rows": [len(row["video"]) for row in result["rows"]]})
     child.stop()
     shown = sum(result.get("duration_s", 0.0) for result in done)
     if not shown:
         return [f"cost         unknown: none of {len(sample)} sampled videos could be decoded"]
-    clips = [clip for result in done for clip in result["rows"]]
+    clips = [size_bytes for result in done for size_bytes in result["rows"]]
     scale = seconds / shown
     spent = sum(result["seconds"] for result in done)
-    size = sum(len(clip["video"]) for clip in clips)
     return [
         f"sampled      {len(sample)} videos: {shown / spent:.0f}x real time on one core, {len(clips)} clips kept",
         f"estimate     {spent * scale / 3600:.2f} core-hours, {len(clips) * scale:.0f} clips, "
-        f"{size * scale / 2**30:.2f} GiB",
+        f"{sum(clips) * scale / 2**30:.2f} GiB",
     ]
 
 

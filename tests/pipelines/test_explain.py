@@ -21,6 +21,7 @@ def test_a_dry_run_counts_estimates_and_writes_nothing(config):
     for reason in ("no_sidecar 1", "negating_word 1", "same_bytes 1"):
         assert reason in said
     assert "to decode    8 videos, 0.01 hours" in said
+    assert "real time on one core, 1 clips kept" in said
     assert "core-hours" in said
     assert not config.home.exists()
 
