@@ -199,7 +199,10 @@ class Writer:
             return table.version()
         clips_version = open_table(self.folder / "clips").version()
         facts = {"message": message, "clips_version": str(clips_version), "config_digest": self.config_digest}
-        change = lambda row: {**row, **changes.get(row["video_id"], {})}  # noqa: E731
+
+        def change(row: dict[str, Any]) -> dict[str, Any]:
+            return {**row, **changes.get(row["video_id"], {})}
+
         return rewrite(root, table, VIDEO_SCHEMA, change, facts, set(changes))
 
 

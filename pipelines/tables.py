@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def append(
     table: DeltaTable | None,
     files: list[tuple[str, Path]],
     facts: dict[str, str],
-    without: Change | None = None,
+    without: Collection[str] = (),
 ) -> int:
     """Commits finished files under `root`, each with the id of its unit; makes the table if it is None.
 
@@ -128,7 +128,7 @@ def append(
         table: the table at its newest version.
         files: (unit id, path) of each.
         facts: written into the commit.
-        without: changes or drops rows of older files in the same commit, see `rewrite`.
+        without: videos whose rows leave older files in the same commit.
 
     Returns:
         The table's version.
@@ -150,8 +150,8 @@ def append(
             post_commithook_properties=KEEP_LOG,
         )
         return 0
-    if without is not None:
-        actions += _rewritten(root, table, schema, without)
+    if without:
+        actions += _rewritten(root, table, schema, lambda row: None if row["video_id"] in without else row, without)
     table.create_write_transaction(
         actions,
         mode="append",
@@ -191,9 +191,17 @@ def delta_table(root: Path, version: int | None = None) -> DeltaTable | None:
         return None
 
 
-def _rewritten(root: Path, table: DeltaTable, schema: pa.Schema, change: Change) -> list[AddAction | RemoveAction]:
+def _video_ids(path: Path) -> list[str]:
+    return parquet(path).read(columns=["video_id"])["video_id"].to_pylist()
+
+
+def _rewritten(
+    root: Path, table: DeltaTable, schema: pa.Schema, change: Change, videos: Collection[str] | None = None
+) -> list[AddAction | RemoveAction]:
     actions: list[AddAction | RemoveAction] = []
     for path in table_files(table, root):
+        if videos is not None and set(videos).isdisjoint(_video_ids(path)):
+            continue
         old = pq.read_table(_opened(path), schema=schema).to_pylist()
         new = [row for row in map(change, old) if row is not None]
         if new == old:
@@ -212,6 +220,7 @@ def rewrite(
     schema: pa.Schema,
     change: Change,
     facts: dict[str, str],
+    videos: Collection[str] | None = None,
 ) -> int:
     """Changes or drops rows in a new version; files without such rows, and the versions before, stay as they are.
 
@@ -221,11 +230,12 @@ def rewrite(
         schema: of the files.
         change: the new row of an old one; None drops it.
         facts: written into the commit.
+        videos: ids of those whose rows change; files without any of them are not read. None reads all.
 
     Returns:
         The table's version.
     """
-    actions = _rewritten(root, table, schema, change)
+    actions = _rewritten(root, table, schema, change, videos)
     if not actions:
         return table.version()
     properties = CommitProperties(custom_metadata=facts)

@@ -98,7 +98,7 @@ deaths = st.lists(st.tuples(st.integers(1, 14), st.sampled_from(["before", "afte
 
 
 @given(count=st.integers(1, 5), batch=st.integers(1, 3), deaths=deaths, every=st.sampled_from([1, 2, 20]))
-@examples(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_deaths_between_writes_change_nothing(tmp_path_factory, count, batch, deaths, every):
     plan = plan_of(range(1, count + 1))
     calm, folder = (tmp_path_factory.mktemp(name) / "datasets" / "d" for name in ("calm", "wild"))

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from pipelines import shards
+from pipelines import shards, tables
 from pipelines.curate import curate
 from pipelines.shards import Writer, open_dataset
 from pipelines.tables import CHECKPOINT_EVERY
@@ -39,7 +39,22 @@ def test_a_commit_opens_no_table_between_checkpoints(home, monkeypatch):
     assert dataset.index().num_rows == 2 * CHECKPOINT_EVERY + 5
 
 
-real = shards.delta_table
+def test_a_change_of_one_video_reads_one_ledger_file(home, monkeypatch):
+    folder = home.datasets / "d"
+    writer = Writer(folder)
+    writer.commit([unit(folder, number, clips=1) for number in range(9)])
+    read = []
+    monkeypatch.setattr(tables.pq, "read_table", lambda what, **rest: read.append(what.name) or whole(what, **rest))
+    writer.amend({"v4": {"outcome": "duplicate"}}, "same frames")
+    writer.commit([unit(folder, 90, clips=1, video="v7")], "again", {"u090": "v7"})
+    assert read == ["u004.parquet", "u007.parquet"]
+    rows = open_dataset(home, "d").video_table(["video_id", "unit_id", "outcome"]).to_pylist()
+    assert sorted(row["video_id"] for row in rows) == [f"v{number}" for number in range(9)]
+    assert {row["unit_id"] for row in rows if row["video_id"] == "v7"} == {"u090"}
+    assert {row["outcome"] for row in rows if row["video_id"] == "v4"} == {"duplicate"}
+
+
+real, whole = shards.delta_table, tables.pq.read_table
 
 
 @pytest.mark.parametrize("table", ["clips", "videos"])
