@@ -210,12 +210,12 @@ def _work(config: CurateConfig, writer: Writer, plan: Plan, pending: list[str]) 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    if config.backpressure_ratio is not None:
-        context.downstream_capacity_backpressure_ratio = config.backpressure_ratio
     items = [{"unit_id": unit, "jobs": json.dumps(plan.jobs(unit))} for unit in pending]
     units = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         UnitWorker, fn_constructor_kwargs=settings, batch_size=1, compute=pool, num_cpus=1
     )
+    if config.backpressure_ratio is not None:
+        units.context.downstream_capacity_backpressure_ratio = config.backpressure_ratio
     waiting: list[Unit] = []
     committed = time.monotonic()
     with Meter(plan, pending, config.unit_s) as meter:

@@ -106,7 +106,8 @@ def test_a_long_video_is_the_work_of_several_units_with_a_ledger_row_each(tmp_pa
     film(raw, "long", np.concatenate([scroll(200, seed=n) for n in range(3)]))
     film(raw, "short", scroll(90, seed=9))
     whole = curate(settings(tmp_path / "whole", raw))
-    parts = curate(settings(tmp_path / "parts", raw, part_s=8.0))
+    pool = {"min_workers": 1, "units_in_flight": 1, "backpressure_ratio": 5.0}  # other ways give the same, too
+    parts = curate(settings(tmp_path / "parts", raw, part_s=8.0, **pool))
     found = ledger(parts.dataset, "outcome", "duration_s", "clips", "unit_id")
     assert {k: v[:3] for k, v in found.items()} == {
         "long#0": ("kept", 8.0, 4), "long#1": ("kept", 8.0, 4), "long#2": ("kept", 8.0, 4), "long#3": ("kept", 6.0, 3),
