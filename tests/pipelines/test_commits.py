@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from infra.config import Home, UserError
 from pipelines import shards, tables
+from pipelines.buckets import BucketPath, place
 from pipelines.curate import _plainly, _recover
 from pipelines.manifest import Plan, open_plan
 from pipelines.shards import Writer, open_dataset
@@ -87,7 +88,8 @@ def make(folder, plan, name):
 
 def state(folder):
     """Every clip and ledger row that a reader sees."""
-    dataset = open_dataset(Home(folder.parents[1]), folder.name)
+    far = isinstance(folder, BucketPath)
+    dataset = open_dataset(Home("/none" if far else folder.parents[1]), str(folder) if far else folder.name)
     clips = dataset.clip_table(["clip_id", "video_id", "unit_id", "video"]).to_pylist()
     return clips, sorted(
         (r["video_id"], r["unit_id"]) for r in dataset.video_table(["video_id", "unit_id"]).to_pylist()
@@ -116,16 +118,19 @@ def test_deaths_between_writes_change_nothing(tmp_path_factory, count, batch, de
     assert state(folder) == state(calm)
 
 
-def test_a_rival_who_was_first_is_not_repeated(tmp_path):
-    """Delta itself refuses the second commit of a unit, whoever thinks to be alone."""
-    folder, plan = tmp_path / "datasets" / "d", plan_of([1, 2])
+@pytest.mark.parametrize("far", [False, True])
+def test_a_rival_who_was_first_is_not_repeated(tmp_path, bucket, far):
+    """Delta itself refuses the second commit of a unit, whoever thinks to be alone; also in a bucket."""
+    folder = place(f"{bucket[0]}/datasets/d{bucket[1]}") if far else tmp_path / "datasets" / "d"
+    plan = plan_of([1, 2])
     work(folder, Plan(plan.rows[:1]), 1)
-    rival = dying(4, "rival", lambda: work(folder, plan, 9))
+    rival = dying(3, "rival", lambda: work(folder, plan, 9))
     with pytest.raises(UserError, match="another run committed to .*[Cc]oncurrent"), _plainly(folder), rival:
         work(folder, plan, 1)
     before = state(folder)
     work(folder, plan, 1)
     assert state(folder) == before
+    assert len(before[1]) == 2
 
 
 @pytest.mark.parametrize(("at", "how"), [(1, "before"), (1, "after"), (2, "before"), (2, "after")])
