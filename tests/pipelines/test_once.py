@@ -138,12 +138,14 @@ class Killer:
         """Until the driver ends. `done` tells how many units have left their files."""
         while driver.poll() is None:
             time.sleep(self.draw.uniform(0, 0.2))
-            if not named("UnitWorker"):
+            ready = done() if self.others or self.drivers else -1
+            other, dies = self.others and ready >= self.others[0][0], self.drivers and ready >= self.drivers[0]
+            if not (other or dies) or not named("UnitWorker"):
                 continue
-            if self.others and done() >= self.others[0][0] and (victims := named(self.others[0][1])):
+            if other and (victims := named(self.others[0][1])):
                 strike(self.draw.choice(victims))
                 self.others.pop(0)
-            if self.drivers and done() >= self.drivers[0]:
+            if dies:
                 time.sleep(self.draw.uniform(0, 0.5))
                 strike(driver.pid)
                 self.killed += driver.wait() == -signal.SIGKILL
