@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -173,7 +174,7 @@ def _manifest_rows(source: str, data: bytes, suffix: str) -> list[dict[str, Any]
         text = data.decode("utf-8-sig")
         if suffix == ".csv":
             return [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (pa.ArrowInvalid, ValueError, csv.Error) as error:
         raise UserError(f"manifest {source} is no {suffix[1:]} file ({str(error)[:100]})") from error
     if not all(isinstance(row, dict) for row in rows):
@@ -259,9 +260,10 @@ def _text(info: dict[str, Any], key: str) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """A number, also one that CSV gives as text."""
+    """A finite number, also one that CSV gives as text."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
-    with contextlib.suppress(ValueError):
-        return float(value)
+    with contextlib.suppress(ValueError, OverflowError):
+        number = float(value)
+        return number if math.isfinite(number) else None
     return None

@@ -31,7 +31,8 @@ def write(path, rows):
             writer.writeheader()
             writer.writerows(rows)
     else:
-        path.write_text("".join(json.dumps(row) + "\n\n" for row in rows), encoding="utf-8")
+        lines = (json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows)
+        path.write_text("".join(lines), encoding="utf-8")
     return path
 
 
@@ -170,11 +171,14 @@ def test_a_sidecar_that_can_not_be_had_now_stops_the_plan(tmp_path, monkeypatch)
         assert described(listed(f"{web.url}/v.mp4"))[0].metadata.title
 
 
-def test_duration_and_size_may_be_text(tmp_path):
+@pytest.mark.parametrize(("duration", "size"), [("nan hours", "1"), ("nan", "1.0"), ("inf", 1), ("1e400", " 1 ")])
+def test_duration_and_size_may_be_text(tmp_path, duration, size):
     sidecar(touch(tmp_path, "v.mp4"), duration=5)
-    rows = [{"uri": "v.mp4", "title": "t", "duration": "nan hours", "size": "1"}]
+    rows = [{"uri": "v.mp4", "title": "t", "duration": duration, "size": size}]
     (found,) = scan(str(write(tmp_path / "list.csv", rows)))
     assert (found.metadata.duration_s, found.size_bytes) == (None, 1)
+    (found,) = scan(str(write(tmp_path / "list.jsonl", [rows[0] | {"size": "inf", "title": "a\u2028b"}])))
+    assert (found.metadata.title, found.size_bytes) == ("a\u2028b", 1)
 
 
 def test_a_look_at_a_bucket_reads_a_sample_and_writes_nothing(tmp_path, bucket):
