@@ -28,12 +28,12 @@ DRIVER = """
     cluster.WORKER_ENVIRONMENT["PYTHONPATH"] = ""
     logging.basicConfig(level=logging.INFO)
     home, source, target, address = sys.argv[1:]
-    limits = dict(timeout_s=3.0, timeout_factor=0.0, memory_bytes=600 << 20, part_s=6.0)
+    limits = dict(timeout_s=10.0, timeout_factor=0.0, memory_bytes=600 << 20, part_s=6.0)
     curate(settings(Path(home), source, target=target or None, cluster=ClusterConfig(address=address), **limits))
 """
 OUTCOMES = {
     "segv": ("dead_letter", "crash", "the decoder was killed by SIGSEGV"),
-    "hang": ("dead_letter", "timeout", "no result within 3 s"),
+    "hang": ("dead_letter", "timeout", "no result within 10 s"),
     "hog": ("dead_letter", "memory", None),
     "text": ("dead_letter", "unreadable", None),
     "cut": ("dead_letter", "unreadable", None),
