@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.checkpoint import build_model
-from models.config import ActionsConfig, DynamicsConfig, TokenizerConfig, TransformerConfig
+from models.config import ActionsConfig, DynamicsConfig, QualityConfig, TokenizerConfig, TransformerConfig
+from models.quality import QualityNet
 
 ModelConfig = TokenizerConfig | ActionsConfig | DynamicsConfig
 _KIND = {TokenizerConfig: "tokenizer", ActionsConfig: "actions", DynamicsConfig: "dynamics"}
@@ -79,3 +81,11 @@ def cost(config: ModelConfig) -> Cost:
         forward += transformer_flops(cfg, N, min(cfg.window, (frames + 1) / 2)) + ends
         cached = transformer_flops(cfg, N, min(cfg.window, frames)) + ends  # the decoder's, which comes last
     return Cost(parameters(config), forward, cached, _cache_values(config.decoder, N, frames))
+
+
+def quality_cost(cfg: QualityConfig) -> tuple[int, float]:
+    """Parameters, and operations of a training step per thumbnail (forward and backward); takes no memory."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net = QualityNet(cfg)
+        net.logits(torch.zeros((1, 1, cfg.height_px, cfg.width_px, 3), dtype=torch.uint8))
+    return sum(p.numel() for p in net.parameters()), 3.0 * counter.get_total_flops()

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from models.config import QualityConfig
@@ -76,11 +75,3 @@ class QualityNet(nn.Module):
         loss = F.binary_cross_entropy_with_logits(logits, label, weight)
         right = ((logits > 0) == (label > 0.5)).float().mean()
         return loss, {"loss": loss, "accuracy": right}
-
-
-def training_cost(cfg: QualityConfig) -> tuple[int, float]:
-    """Parameters, and operations of a training step per thumbnail (forward and backward); takes no memory."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net = QualityNet(cfg)
-        net.logits(torch.zeros((1, 1, cfg.height_px, cfg.width_px, 3), dtype=torch.uint8))
-    return sum(p.numel() for p in net.parameters()), 3.0 * counter.get_total_flops()

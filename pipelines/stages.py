@@ -25,10 +25,10 @@ from models.config import (
     config_from_dict,
     config_to_dict,
 )
-from models.cost import ModelConfig, cost
+from models.cost import ModelConfig, cost, quality_cost
 from models.dynamics import Dynamics
 from models.fewstep import Distillation
-from models.quality import QualityNet, training_cost
+from models.quality import QualityNet
 from models.sampler import Window
 from models.tokenizer import Tokenizer
 from models.world import CoTraining, World
@@ -316,7 +316,7 @@ def estimate(config: TrainConfig, model: WorldConfig) -> TrainingPlan:
 
 def _estimate_quality(config: TrainConfig) -> TrainingPlan:
     cfg = config.quality
-    parameters, flops = training_cost(cfg)
+    parameters, flops = quality_cost(cfg)
     maps = 3 * cfg.width * cfg.height_px * cfg.width_px // 4 + 12 * 2 * cfg.width * cfg.height_px * cfg.width_px // 16
     return TrainingPlan(parameters=parameters, frame_flops=flops, frames=cfg.frames, tokens=1,
                         activation_bytes=4.0 * cfg.frames * maps, batch=config.batch, micro_batch=config.micro_batch,

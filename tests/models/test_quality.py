@@ -3,7 +3,8 @@ import torch
 
 from models.checkpoint import load_model, save_model
 from models.config import ModelError, QualityConfig
-from models.quality import QualityNet, training_cost
+from models.cost import quality_cost
+from models.quality import QualityNet
 
 SMALL = QualityConfig(frames=3, height_px=16, width_px=24, width=8, groups=4)
 
@@ -14,7 +15,7 @@ def clips(count, seed=0):
 
 
 def test_the_default_is_as_large_as_the_papers():
-    parameters, flops = training_cost(QualityConfig())
+    parameters, flops = quality_cost(QualityConfig())
     assert parameters == pytest.approx(11.2e6, rel=0.01)
     assert flops > 1e9
 
