@@ -108,18 +108,15 @@ class _Heads(nn.Module):
 
     def split(self, x: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., D) -> q (..., heads, size), k and v (..., kv_heads, size); q, k normalised and turned in time."""
-        both = (self.heads + self.kv_heads) * self.size
+        # three products: each comes out in one piece, as the norm wants it, and gradients are not joined by a copy
+        kv = self.kv_heads * self.size
+        weights = self.qkv.weight.split((self.heads * self.size, kv, kv))
         y = self.norm(x)
-        # two products: queries and keys come out in one piece, as their norm wants them
-        qk, v = (
-            F.linear(y, w).unflatten(-1, (-1, self.size))
-            for w in self.qkv.weight.split((both, len(self.qkv.weight) - both))
-        )
+        q, k, v = (F.linear(y, weight).unflatten(-1, (-1, self.size)) for weight in weights)
         if self.gain is not None:
-            qk = F.layer_norm(qk, (self.size,), self.gain)
+            q, k = (F.layer_norm(t, (self.size,), self.gain) for t in (q, k))
         if turns is not None:
-            qk = _rotate(qk, turns)
-        q, k = qk.split((self.heads, self.kv_heads), dim=-2)
+            q, k = _rotate(q, turns), _rotate(k, turns)
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:

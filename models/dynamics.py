@@ -67,11 +67,6 @@ class Dynamics(nn.Module):
             x = torch.cat((words.expand(*x.shape[:-2], -1, -1), x), dim=-2)
         return x, action if self.cfg.action_mode == "film" else None
 
-    def leave(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """Features (..., N', D) -> logits (..., N, K), or those of the places `at` (R,) alone (..., R, K)."""
-        x = x[..., self.cfg.prefix :, :]
-        return self.head(x if at is None else x[..., at, :])
-
     def with_first(self, actions_BT: Tensor) -> Tensor:
         """Actions (B, T-1) -> (B, T) with "none" leading to the first frame: action t-1 belongs to frame t."""
         return F.pad(actions_BT, (1, 0), value=self.no_action)
@@ -81,7 +76,7 @@ class Dynamics(nn.Module):
     ) -> Tensor:
         """Logits (B, T, N, K) for tokens int64 (B, T, N), some of them `mask_token`, and actions int64 (B, T-1)."""
         x, condition = self.enter(tokens_BTN, self.with_first(actions_BT), level_B, text)
-        return self.leave(self.transformer(x, condition))
+        return self.head(self.transformer(x, condition)[:, :, self.cfg.prefix :])
 
     def step(
         self,
@@ -90,10 +85,18 @@ class Dynamics(nn.Module):
         caches: list[Cache | None],
         clock: Clock,
         text: Tensor | None = None,
-    ) -> Tensor:
-        """One new frame per slot -> its features (S, N', D), given the cached frames; `leave` makes logits of them."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """One new frame per slot -> its unfinished features (S, N', D) given the cached frames, and FiLM's condition.
+
+        A commit pass is done with that; `finish` makes logits of them.
+        """
         x, condition = self.enter(tokens_SN, action_S, text=text)
-        return self.transformer.step(x, condition, caches, clock)
+        return self.transformer.step(x, condition, caches, clock), condition
+
+    def finish(self, x: Tensor, condition: Tensor | None, at: Tensor | None = None) -> Tensor:
+        """Features (..., N', D) of `step` -> logits (..., N, K), or those of the places `at` (R,) alone (..., R, K)."""
+        x = x[..., self.cfg.prefix :, :]
+        return self.head(self.transformer.finish(x if at is None else x[..., at, :], condition))
 
     def masked(self, key_B: Tensor, frames: int) -> Tensor:
         """Which tokens to hide, bool (B, T, N), drawn from the samples' keys; the first frame is never hidden."""
@@ -135,14 +138,10 @@ class Dynamics(nn.Module):
         guess = torch.where(hidden, self.mask_token, context)
         text = self._text(batch)
         if self.cfg.masking == "ctf":
-            action = self.with_first(actions)
-            x, condition = self.enter(torch.cat((context, guess), 1), torch.cat((action, action), 1), level, text)
-            x = self.transformer(x, condition, two_streams=True)  # a masked frame sees complete past ones
-            logits, target, hidden = self.leave(x[:, target.shape[1] + 1 :]), target[:, 1:], hidden[:, 1:]
+            logits = self._two_streams(context, guess, actions, level, text)
         else:
             logits = self.logits(guess, actions, level, text)[:, 1:]
-            target, hidden = target[:, 1:], hidden[:, 1:]
-        return self.score(logits, target, hidden)
+        return self.score(logits, target[:, 1:], hidden[:, 1:])
 
     def score(self, logits: Tensor, target: Tensor, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over hidden places, and metrics; logits (B, T, N, K), target and hidden (B, T, N)."""
@@ -152,6 +151,15 @@ class Dynamics(nn.Module):
         loss = (each * weight).sum() / total
         right = ((logits.argmax(-1) == target).flatten() * weight).sum() / total
         return loss, {"loss": loss.detach(), "accuracy": right.detach(), "masked": weight.mean()}
+
+    def _two_streams(
+        self, context: Tensor, guess: Tensor, actions: Tensor, level: Tensor | None, text: Tensor | None
+    ) -> Tensor:
+        """Complete teacher forcing: each masked frame sees complete past frames, as in generation (B, T-1, N, K)."""
+        action = self.with_first(actions)
+        x, condition = self.enter(torch.cat((context, guess), 1), torch.cat((action, action), 1), level, text)
+        y = self.transformer(x, condition, two_streams=True)
+        return self.head(y[:, context.shape[1] + 1 :, self.cfg.prefix :])
 
     def _text(self, batch: dict[str, Tensor]) -> Tensor | None:
         """Hashed words (B, words) of a batch; for some samples "no word"."""

@@ -92,7 +92,7 @@ class Distillation(nn.Module):
         begin = torch.zeros(B, dtype=torch.int64, device=key_B.device)
         actions = teacher.with_first(actions_BT)
 
-        def features(tokens: Tensor, t: int) -> Tensor:
+        def features(tokens: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
             clock = Clock.at(slice(0, B), begin + t, begin, T, shape.window, shape.head_size, teacher.head.weight.dtype)
             return teacher.step(tokens, actions[:, t], caches, clock, text)
 
@@ -100,7 +100,7 @@ class Distillation(nn.Module):
             features(tokens_BTN[:, t], t)
         current, place = torch.full_like(tokens_BTN[:, 0], teacher.mask_token), torch.arange(N, device=key_B.device)
         for step, count in enumerate(reveal_counts(N, self.teacher_steps)):
-            logits = teacher.leave(features(current, T - 1))
+            logits = teacher.finish(*features(current, T - 1))
             token, _ = draw(logits, uniform(key_B[:, None], _DRAW, step, place), 1.0)
             current = torch.where((order < count) & (current == teacher.mask_token), token, current)
         return current

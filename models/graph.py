@@ -29,7 +29,8 @@ def decoding_pass(decoder: "Decoder", told_SF: Tensor) -> None:
     clock = Clock.at(
         slice(0, len(current)), position, position - cached, decoder.cells, shape.window, shape.head_size, decoder.dtype
     )
-    logits = dynamics.leave(dynamics.step(current, action, decoder.caches, clock, decoder.text)).flatten(0, 1)
+    features = dynamics.step(current, action, decoder.caches, clock, decoder.text)
+    logits = dynamics.finish(*features).flatten(0, 1)
     place = torch.arange(current.numel(), device=current.device) % decoder.tokens
     each = (t.repeat_interleave(decoder.tokens) for t in (frame, key, passed))
     token, score = decoder.revealer.drawn(logits, place, *each)

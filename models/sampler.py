@@ -297,10 +297,10 @@ class Decoder:
         if self._graph is not None:
             self._graph([self._facts(i) for i in range(self.slots)])
         else:
-            features = self._features(slots)
+            features, condition = self._features(slots)
             if drawing:
                 rows = [slots.index(i) for i in drawing]
-                self._reveal(drawing, features if len(rows) == len(slots) else features[rows])
+                self._reveal(drawing, [(features[i], None if condition is None else condition[i]) for i in rows])
         for i in drawing:
             self._session(i).passed += 1
         return drawing
@@ -314,16 +314,16 @@ class Decoder:
         due = (*self._counts, self.tokens)[s.passed]
         return [*keys, s.passed, due, s.action, s.position, s.cached, s.phase == _REFINE]
 
-    def _reveal(self, slots: list[int], features: Tensor) -> None:
+    def _reveal(self, slots: list[int], features: list[tuple[Tensor, Tensor | None]]) -> None:
         """Draw the unknown tokens of the slots and keep as many as the schedule says; never waits for the device."""
         rows, current = self._rows(slots), self.current[self._rows(slots)]
         facts = [self._facts(i) for i in slots]
         unknown = [self.tokens - (0, *self._counts)[f[2]] for f in facts]
-        # Logits of known tokens need not be computed. How many are unknown follows from the schedule, so shapes need no
-        # answer from the device. One product for each slot: beside others' rows its own could round differently.
+        # Known tokens need no logits. How many are unknown follows from the schedule, so shapes need no answer from the
+        # device. One product for each slot: beside others' rows its own could round differently.
         order = (current != self.dynamics.mask_token).byte().argsort(dim=-1, stable=True)
         places = [row[:n] for row, n in zip(order, unknown, strict=True)]
-        logits = [self.dynamics.leave(x, place) for x, place in zip(features, places, strict=True)]
+        logits = [self.dynamics.finish(*x, place) for x, place in zip(features, places, strict=True)]
         at = torch.cat([place + self.tokens * row for row, place in enumerate(places)])
         told = torch.tensor(facts, device=self.device)
         token, score = self.revealer.drawn(
@@ -360,8 +360,8 @@ class Decoder:
         position, cached = torch.tensor([[s.position, s.cached] for s in sessions], device=self.device).T
         return Clock.at(self._rows(slots), position, position - cached, cells, window, size, self.dtype)
 
-    def _features(self, slots: list[int]) -> Tensor:
-        """One pass of the dynamics over the slots' current tokens -> features (S, N', D); writes their cells."""
+    def _features(self, slots: list[int]) -> tuple[Tensor, Tensor | None]:
+        """One pass of the dynamics over the slots' current tokens, see `Dynamics.step`; writes their cells."""
         cfg = self.dynamics.cfg.transformer
         action = torch.tensor([self._session(i).action for i in slots], device=self.device)
         clock = self._clock(slots, self.cells, cfg.window, cfg.head_size)

@@ -145,7 +145,7 @@ class Tokenizer(nn.Module):
     def decoder_step(self, tokens_SN: Tensor, caches: list[Cache | None], clock: Clock) -> Tensor:
         """Tokens of one new frame per slot -> its frame uint8 (S, H, W, C), given the cached frames before it."""
         x = self._enter_decoder(self.codebook.lookup(tokens_SN))
-        x = self.head(self.decoder.step(x, None, caches, clock)) + 0.5
+        x = self.head(self.decoder.finish(self.decoder.step(x, None, caches, clock), None)) + 0.5
         return to_uint8(unpatchify(x[:, None], self.cfg.patch, self.cfg.height_px, self.cfg.width_px))[:, 0]
 
     def encoder_step(self, frames_SHWC: Tensor, caches: list[Cache | None], clock: Clock) -> Tensor:
@@ -153,4 +153,5 @@ class Tokenizer(nn.Module):
         x = self.embed(2 * patchify(frames_SHWC[:, None], self.cfg.patch)[:, 0].to(self.embed.weight.dtype) - 1)
         if self.encoder_places is not None:
             x = x + self.encoder_places()
-        return self.codebook.nearest(self.project(self.encoder.step(x, None, caches, clock)))
+        x = self.encoder.finish(self.encoder.step(x, None, caches, clock), None)
+        return self.codebook.nearest(self.project(x))

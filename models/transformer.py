@@ -63,14 +63,14 @@ class Block(nn.Module):
         """An empty cache of the temporal attention, if there is one."""
         return self.temporal.cache(slots, tokens, cells) if self.temporal is not None else None
 
-    def step(self, x_SND: Tensor, condition: Tensor | None, cache: Cache | None, clock: Clock) -> Tensor:
-        """One frame per slot (S, N, D); writes to the cache."""
+    def step(self, x_SND: Tensor, condition: Tensor | None, cache: Cache | None, clock: Clock, feed: bool) -> Tensor:
+        """One frame per slot (S, N, D), with or without the feed-forward; writes to the cache."""
         x = x_SND
         if self.spatial is not None:
             x = x + self.spatial(x)
         if self.temporal is not None and cache is not None:
             x = x + self.temporal.step(x, cache, clock)
-        return x + self.feed(x, condition)
+        return x + self.feed(x, condition) if feed else x
 
 
 class Transformer(nn.Module):
@@ -128,11 +128,18 @@ class Transformer(nn.Module):
         return [b.cache(slots, tokens, cells) for b in self._blocks()]
 
     def step(self, x_SND: Tensor, condition_SD: Tensor | None, caches: list[Cache | None], clock: Clock) -> Tensor:
-        """One new frame per slot (S, N, D) -> its features (S, N, D), given the cached frames."""
-        x = x_SND
-        for block, cache in zip(self._blocks(), caches, strict=True):
-            x = block.step(x, condition_SD, cache, clock)
-        return self.norm(x)
+        """One new frame per slot (S, N, D) -> its features (S, N, D), given the cached frames.
+
+        They still lack what `finish` does, which each place needs for itself alone, if it needs it.
+        """
+        x, last = x_SND, len(self.blocks) - 1
+        for i, (block, cache) in enumerate(zip(self._blocks(), caches, strict=True)):
+            x = block.step(x, condition_SD, cache, clock, feed=i < last)
+        return x
+
+    def finish(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """The last feed-forward and norm of `step`'s features, of any places (..., R, D); condition (..., D)."""
+        return self.norm(x + self._blocks()[-1].feed(x, condition))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -40,7 +40,8 @@ def stream(model: Transformer, x: torch.Tensor, cond: torch.Tensor | None, cells
         clock = Clock.at(
             slice(0, B), at, torch.full((B,), first), cells, model.cfg.window, model.cfg.head_size, x.dtype
         )
-        out.append(model.step(x[:, t], None if cond is None else cond[:, t], caches, clock))
+        condition = None if cond is None else cond[:, t]
+        out.append(model.finish(model.step(x[:, t], condition, caches, clock), condition))
     return torch.stack(out, dim=1)
 
 

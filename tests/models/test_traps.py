@@ -289,7 +289,7 @@ def test_trap_8_complete_teacher_forcing_sees_what_generation_sees(make_dynamics
     batch = random_batch(4, 2)
     hidden = model.masked(batch["key"], FRAMES)
     guess = torch.where(hidden, model.mask_token, batch["tokens"])
-    both, *_ = model._two_streams(batch["tokens"], guess, batch["actions"], None, batch["tokens"], hidden)
+    both = model._two_streams(batch["tokens"], guess, batch["actions"], None, None)
     for t in range(1, FRAMES):
         window = torch.cat((batch["tokens"][:, :t], guess[:, t : t + 1]), dim=1)
         torch.testing.assert_close(both[:, t - 1], model.logits(window, batch["actions"][:, :t])[:, -1])
