@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from infra.artifact import RECORD, Artifact, resolve
 from infra.config import Home, UserError
-from infra.registry import CANDIDATE, CHAMPION, Registry, RegistryError, open_registry
+from infra.registry import CANDIDATE, CHAMPION, Registry, open_registry
 from serving.config import ServeConfig
 from serving.protocol import ModelInfo, ModelUnavailable, Prompted, StepJob, Stepped
 from serving.remote import RemoteModel
@@ -54,7 +54,7 @@ class View:
 
 
 class Catalogue:
-    """What the configured names mean now. The registry may be away: then they mean what they meant.
+    """What the configured names mean now; with the registry away, or an alias gone, what they meant before.
 
     Args:
         config: names, canary share, registry.
@@ -75,7 +75,7 @@ class Catalogue:
         for name in self.config.worlds:
             try:
                 self._choices[name] = self._choice(name)
-            except RegistryError as error:
+            except UserError as error:
                 if name not in self._choices:
                     raise
                 log.warning("fleet: %s", error)

@@ -112,3 +112,13 @@ def test_a_registry_that_goes_away_changes_nothing(world, tmp_path):
     before = catalogue.look()
     catalogue._registry = Registry(TrackingConfig(uri="http://127.0.0.1:9"), home)
     assert catalogue.look() == before
+
+
+def test_an_alias_that_is_taken_away_changes_nothing(world, tmp_path):
+    home = publish_toy(world, tmp_path)
+    registry = Registry(TrackingConfig(), home)
+    registry.promote("toy@1", "candidate")
+    catalogue = Catalogue(ServeConfig(home=home.path, world="toy@candidate"))
+    assert catalogue.look() == {"toy@candidate": Choice(champion="toy@v1")}
+    registry.promote("toy@candidate")
+    assert catalogue.look() == {"toy@candidate": Choice(champion="toy@v1")}
