@@ -85,7 +85,14 @@ def _start(config: ClusterConfig) -> None:
         logging_level=logging.ERROR if config.quiet else logging.WARNING,
         _temp_dir=str(temporary_folder()),
     )
+    with contextlib.suppress(FileNotFoundError):  # Ray writes the cluster's token for everybody to read
+        token_file().chmod(0o600)
     log.info("ray started | cpus %d", int(ray.cluster_resources().get("CPU", 0)))
+
+
+def token_file() -> Path:
+    """Where Ray keeps the token that every process of a cluster must show."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def _join(config: ClusterConfig) -> None:

@@ -1,10 +1,12 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import ray
 
-from infra.cluster import SOCKET_PATH_LIMIT, connect, environment, temporary_folder
+from infra.cluster import SOCKET_PATH_LIMIT, connect, environment, temporary_folder, token_file
 from infra.config import ClusterConfig, UserError
 
 
@@ -34,6 +36,20 @@ def test_packages_of_the_project_are_importable_in_workers(ray_cluster):
         return infra.config.__file__
 
     assert Path(ray.get(where.remote())).name == "config.py"
+
+
+def test_nobody_else_can_read_the_cluster_s_token(ray_cluster):
+    assert token_file().stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.slow
+def test_who_does_not_show_the_token_does_not_reach_the_cluster(ray_cluster):
+    stranger = f"import ray; ray.init(address={ray.get_runtime_context().gcs_address!r}); print(ray.nodes())"
+    environ = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+    refused = subprocess.run([sys.executable, "-c", stranger], env=environ, capture_output=True, text=True, timeout=120)
+    assert refused.returncode != 0
+    assert "NodeManagerAddress" not in refused.stdout
+    assert "auth" in refused.stderr.lower()
 
 
 def test_the_process_environment_wins(monkeypatch):
