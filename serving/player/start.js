@@ -156,7 +156,7 @@ function sessionCard(s, thumb, onclick) {
   const button = element("button", "", { type: "button", onclick });
   button.dataset.session = s.session;
   if (thumb) button.append(element("img", "", { src: thumb, alt: "" }));
-  button.append(element("span", `${s.model} · step ${s.step}`), element("i", s.playing ? "being played" : "rests"));
+  button.append(element("span", `${s.model} · step ${s.step}`), element("i", s.playing ? "being played" : "rests", { className: s.playing ? "" : "resting" }));
   return button;
 }
 
