@@ -175,7 +175,7 @@ class TemporalAttention(_Heads):
         hidden = clock.hidden[:, None].expand(-1, N * self.kv_heads, -1).reshape(len(keys), 1, -1)
         q = q.reshape(len(keys), -1, self.size)
         scores = torch.baddbmm(hidden, q, keys.transpose(1, 2), alpha=self.size**-0.5)
-        return self.out(_weighted(scores.softmax(-1), values).reshape(S, N, -1))
+        return self.out(_attended(scores, values).reshape(S, N, -1))
 
     def remember(self, x_SND: Tensor, cache: Cache, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
         """Write the new frames' keys and values -> q (S, N, heads, size), all keys and values of these slots."""
@@ -185,14 +185,18 @@ class TemporalAttention(_Heads):
         return q, cache.keys[:, clock.rows], cache.values[:, clock.rows]
 
 
-def _weighted(share_BGC: Tensor, values_BCd: Tensor) -> Tensor:
-    """Products (B, G, size). Small ones on a CPU go cell by cell: torch would multiply them without vector units."""
-    small = share_BGC.shape[1] * values_BCd.shape[1] * values_BCd.shape[2] < 400  # torch's own bound, in bmm
+def _attended(scores_BGC: Tensor, values_BCd: Tensor) -> Tensor:
+    """Values weighted by the scores' softmax (B, G, size).
+
+    Small ones on a CPU go cell by cell, as torch's softmax and product of few numbers each leave vector units idle.
+    """
+    small = scores_BGC.shape[1] * values_BCd.shape[1] * values_BCd.shape[2] < 400  # torch's own bound, in bmm
     if not small or values_BCd.device.type != "cpu":
-        return share_BGC @ values_BCd
-    total = share_BGC[..., :1] * values_BCd[:, :1]
-    for cell in range(1, values_BCd.shape[1]):
-        total.addcmul_(share_BGC[..., cell : cell + 1], values_BCd[:, cell : cell + 1])
+        return scores_BGC.softmax(-1) @ values_BCd
+    share = scores_BGC.movedim(-1, 0).contiguous().softmax(0)[..., None]
+    total = share[0] * values_BCd[:, :1]
+    for cell in range(1, len(share)):
+        total.addcmul_(share[cell], values_BCd[:, cell : cell + 1])
     return total
 
 

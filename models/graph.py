@@ -24,21 +24,14 @@ position in time, frames cached, and whether it draws."""
 def decoding_pass(decoder: "Decoder", told_SF: Tensor) -> None:
     """Run the dynamics over every slot's current tokens and draw in those that draw; told (slots, FACTS) int64."""
     current, dynamics = decoder.current, decoder.dynamics
-    frame, key, passed, count, action, position, cached, draws = told_SF.unbind(1)
+    action, position, cached, draws = told_SF[:, 4:].unbind(1)
     shape = dynamics.cfg.transformer
     clock = Clock.at(
         slice(0, len(current)), position, position - cached, decoder.cells, shape.window, shape.head_size, decoder.dtype
     )
     features = dynamics.step(current, action, decoder.caches, clock, decoder.text)
-    logits = dynamics.finish(*features).flatten(0, 1)
-    place = torch.arange(current.numel(), device=current.device) % decoder.tokens
-    each = (t.repeat_interleave(decoder.tokens) for t in (frame, key, passed))
-    token, score = decoder.revealer.drawn(logits, place, *each)
-    known = current != dynamics.mask_token
-    kept = decoder.revealer.kept(
-        torch.where(known, current, token.view_as(current)), score.view_as(current).masked_fill(known, torch.inf), count
-    )
-    current.copy_(torch.where(draws[:, None] > 0, kept, current))
+    revealed = decoder.revealer.reveal(dynamics.finish(*features), current, told_SF)
+    current.copy_(torch.where(draws[:, None] > 0, revealed, current))
 
 
 class Replay:

@@ -67,7 +67,8 @@ def draw(logits_RK: Tensor, noise_R: Tensor, temperature: float, top_k: int = 0)
 def noise_keys(seed: int, frame: int, passed: int) -> tuple[int, int]:
     """What noise depends on: the session's seed and the frame's index; and with them the pass."""
     seed &= 2**63 - 1
-    return fold(seed, frame), fold(seed, frame, passed)
+    key = fold(seed, frame)
+    return key, fold(passed, state=key)
 
 
 class Revealer:
@@ -91,6 +92,16 @@ class Revealer:
             return token, uniform(_ORDER, place_R, state=frame_R)
         fade = cfg.order_noise * (1 - (passed_R + 1) / cfg.steps)
         return token, score - fade * torch.log(-torch.log(other))
+
+    def reveal(self, logits_SNK: Tensor, current_SN: Tensor, facts_SF: Tensor) -> Tensor:
+        """The frames (S, N) after a pass; facts begin with keys of frame and pass, passes done, tokens to be known."""
+        tokens = current_SN.shape[1]
+        place = torch.arange(current_SN.numel(), device=current_SN.device) % tokens
+        frame, key, passed = facts_SF[:, :3].repeat_interleave(tokens, dim=0).unbind(1)
+        token, score = self.drawn(logits_SNK.flatten(0, 1), place, frame, key, passed)
+        known = current_SN != self.mask_token
+        token = torch.where(known, current_SN, token.view_as(current_SN))
+        return self.kept(token, score.view_as(current_SN).masked_fill(known, torch.inf), facts_SF[:, 3])
 
     def kept(self, token_SN: Tensor, score_SN: Tensor, count_S: Tensor) -> Tensor:
         """The `count` tokens of each frame with the highest scores, the mask token elsewhere: (S, N)."""

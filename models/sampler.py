@@ -109,6 +109,8 @@ class Decoder:
         self.revealer = Revealer(world.dynamics.cfg, sampler, self.device)
         self._counts = reveal_counts(self.tokens, sampler.steps)
         use_graph = self.device.type == "cuda" if graph is None else graph
+        # in small frames one call for all places costs less than several for some
+        self._whole = self.tokens * world.dynamics.cfg.transformer.width < 2**14
         self._graph = Pass(self) if use_graph else None
         self._together = use_graph or self._may_share()
 
@@ -300,7 +302,7 @@ class Decoder:
             features, condition = self._features(slots)
             if drawing:
                 rows = [slots.index(i) for i in drawing]
-                self._reveal(drawing, [(features[i], None if condition is None else condition[i]) for i in rows])
+                self._reveal(drawing, features[rows], None if condition is None else condition[rows])
         for i in drawing:
             self._session(i).passed += 1
         return drawing
@@ -314,18 +316,22 @@ class Decoder:
         due = (*self._counts, self.tokens)[s.passed]
         return [*keys, s.passed, due, s.action, s.position, s.cached, s.phase == _REFINE]
 
-    def _reveal(self, slots: list[int], features: list[tuple[Tensor, Tensor | None]]) -> None:
+    def _reveal(self, slots: list[int], features: Tensor, condition: Tensor | None) -> None:
         """Draw the unknown tokens of the slots and keep as many as the schedule says; never waits for the device."""
         rows, current = self._rows(slots), self.current[self._rows(slots)]
         facts = [self._facts(i) for i in slots]
+        told = torch.tensor(facts, device=self.device)
+        if self._whole:
+            self.current[rows] = self.revealer.reveal(self.dynamics.finish(features, condition), current, told)
+            return
         unknown = [self.tokens - (0, *self._counts)[f[2]] for f in facts]
         # Known tokens need no logits. How many are unknown follows from the schedule, so shapes need no answer from the
         # device. One product for each slot: beside others' rows its own could round differently.
         order = (current != self.dynamics.mask_token).byte().argsort(dim=-1, stable=True)
         places = [row[:n] for row, n in zip(order, unknown, strict=True)]
-        logits = [self.dynamics.finish(*x, place) for x, place in zip(features, places, strict=True)]
+        conditions = [None] * len(slots) if condition is None else condition
+        logits = [self.dynamics.finish(x, c, p) for x, c, p in zip(features, conditions, places, strict=True)]
         at = torch.cat([place + self.tokens * row for row, place in enumerate(places)])
-        told = torch.tensor(facts, device=self.device)
         token, score = self.revealer.drawn(
             torch.cat(logits) if len(logits) > 1 else logits[0], torch.cat(places), *told[at // self.tokens, :3].T
         )

@@ -6,9 +6,9 @@ from zlib import crc32
 _MASK64 = (1 << 64) - 1
 
 
-def fold(*counters: int) -> int:
-    """Hash integers to 64 bits, signed (SplitMix64's finaliser over each in turn); `noise.mix` can go on from there."""
-    state = 0
+def fold(*counters: int, state: int = 0) -> int:
+    """Hash integers to 64 bits, signed (SplitMix64's finaliser over each in turn); `noise.mix`, or this with
+    `state`, can go on from there."""
     for counter in counters:
         state = (state + counter + 0x9E3779B97F4A7C15) & _MASK64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
