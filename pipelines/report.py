@@ -56,7 +56,8 @@ def report(config: ReportConfig) -> Path:
         UserError: there is no such evaluation, or its dataset is gone.
     """
     home = Home(config.home)
-    if (home.datasets / config.evaluation.partition("@")[0] / "videos").is_dir():
+    name = config.evaluation.partition("@")[0]
+    if not (home.artifacts / name).is_dir() and (home.datasets / name / "videos").is_dir():
         return curation_report.report(home, open_dataset(home, config.evaluation))
     evaluation = resolve(home, config.evaluation, kind="evaluation")
     made_from = lineage(home, evaluation.reference)

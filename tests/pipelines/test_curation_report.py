@@ -6,6 +6,7 @@ import pytest
 from pipelines.config import FilterConfig, ReportConfig
 from pipelines.curate import curate
 from pipelines.report import report
+from tests.pipelines.clips import write_dataset
 from tests.pipelines.footage import arcade, corpus, film, settings
 
 
@@ -39,6 +40,13 @@ def test_a_curation_leaves_its_page_and_the_page_loads_nothing(curated):
     before = path.stat().st_mtime_ns
     curate(config)
     assert path.stat().st_mtime_ns == before
+
+
+def test_a_dataset_without_windows_has_a_page_too(home):
+    write_dataset(home)
+    page = report(ReportConfig(home=home.path, evaluation="toys@0")).read_text()
+    assert "6 videos" in page
+    assert [row[:2] for row in table(page, "uploaders")] == [["unknown", "6"]]
 
 
 def test_every_reason_has_its_pictures(curated):
