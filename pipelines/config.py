@@ -295,7 +295,7 @@ class ReportConfig:
     home: Path = Path("lampworks-home")
     """Folder that everything is written under; the page goes to its `reports/`."""
     evaluation: str = "world-evaluation"
-    """The evaluation, or the dataset whose curation, to report: `name` or `name@version`."""
+    """The evaluation to report, or a dataset, for its curation: `name` or `name@version`; artifacts come first."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the training curves are."""
     pictures: int = 24
