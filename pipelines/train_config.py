@@ -85,7 +85,7 @@ class TrainConfig:
     """Folder that everything is written under; a cluster's must be shared by its nodes."""
     stage: Literal["tokenizer", "actions", "dynamics", "world", "distilled", "quality"] = "tokenizer"
     """tokenizer; actions: the latent action model; dynamics: with finished actions; world: actions and dynamics;
-    distilled: a finished world that draws in few steps; quality: the classifier of clips, from what `lampworks label` wrote."""
+    distilled: a finished world that draws in few steps; quality: the classifier of clips, from what people rated."""
     name: str | None = None
     """Name of the artifact; None takes the stage's."""
     dataset: str = "platformers"
