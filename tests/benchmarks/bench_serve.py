@@ -46,7 +46,7 @@ from tests.serving.conftest import SAMPLER, SIZE, publish_toy, tiny_world
 
 SESSIONS = (1, 8, 32)
 MODELS = ("toy", "fixed")
-SECONDS = 3.0
+SECONDS = 2.0
 FREE = Limits(steps_per_s=1e6, messages_per_s=1e6, creates_per_min=10**6)
 FAST = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
