@@ -1,7 +1,6 @@
 """Curation against bare decoding and against a plain loop, side by side in one run; about 4 minutes on two cores.
 
-    python tests/benchmarks/bench_curate.py            # CPU and wall time
-    python tests/benchmarks/bench_curate.py --nodes    # 1, 2 and 4 Ray nodes of one CPU each, on this one machine
+    python tests/benchmarks/bench_curate.py
 
 The footage is four of procgen's games at 640x360, 30 pictures a second, x264's medium preset: rounds of 64 s, strung
 together in other orders to files of five minutes. Three things are done to the same files:
@@ -206,7 +205,7 @@ def one_in_eight(home: Path) -> FilterConfig:
     return replace(ALL, min_blur=float(np.quantile(blur, 7 / 8)))
 
 
-# -- the two tables ----------------------------------------------------------------------------------------------
+# -- the table --------------------------------------------------------------------------------------------------
 
 
 def side_by_side(folder: Path, rounds: int) -> None:
@@ -245,39 +244,13 @@ def side_by_side(folder: Path, rounds: int) -> None:
     say(f"start, and {2 * ROUND_S} s of video: {start:.1f} CPU s")
 
 
-def on_nodes(folder: Path) -> None:
-    """Prints the wall time on more and more simulated nodes."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    long, short = footage(folder)
-    for count in (1, 2, 4):
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-        for _ in range(count - 1):
-            cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
-        config = CurateConfig(
-            name="bench", unit_s=ROUND_S * 5, filters=ALL, cluster=ClusterConfig(address=cluster.address)
-        )
-        with connect(config.cluster):
-            _, start, _ = whole(folder / f"short{count}", short, config)
-            _, wall, clips = whole(folder / f"long{count}", long, config)
-        say(f"{count} nodes of one CPU: {wall:.1f} s wall, {clips} clips; two short files {start:.1f} s")
-        ray.shutdown()
-        cluster.shutdown()
-
-
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--nodes", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if options.nodes:
-            on_nodes(Path(folder))
-        else:
-            side_by_side(Path(folder), options.rounds)
+        side_by_side(Path(folder), options.rounds)
 
 
 if __name__ == "__main__":
