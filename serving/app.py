@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 APP = "lampworks"
 CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 """Name and namespace of Serve's controller."""
-STOP_S = 30.0
+STOP_S = 120.0
 """How long Serve may take to end."""
 FREE_PORTS = range(20000, 30000)
 """Where a free port is looked for: below those that the kernel gives away, so nobody takes it before Serve does."""

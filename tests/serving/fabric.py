@@ -91,7 +91,7 @@ class Fabric:
     def close(self):
         """Ends everything."""
         try:
-            said, _ = self.process.communicate(timeout=90)  # ends its stdin
+            said, _ = self.process.communicate(timeout=240)  # ends its stdin
             assert "graceful_shutdown" not in said, "stopping shows nothing that looks like an error"
         finally:
             self.process.kill()
