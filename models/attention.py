@@ -171,11 +171,14 @@ class TemporalAttention(_Heads):
         """
         S, N, _ = x_SND.shape
         q, keys, values = self.remember(x_SND, cache, clock)
-        keys, values = (t.flatten(1, 3).transpose(0, 1) for t in (keys, values))  # (S*N*kv_heads, cells, size)
-        hidden = clock.hidden[:, None].expand(-1, N * self.kv_heads, -1).reshape(len(keys), 1, -1)
-        q = q.reshape(len(keys), -1, self.size)
-        scores = torch.baddbmm(hidden, q, keys.transpose(1, 2), alpha=self.size**-0.5)
-        return self.out(_attended(scores, values).reshape(S, N, -1))
+        keys, values = (t.flatten(1, 3) for t in (keys, values))  # (cells, S*N*kv_heads, size)
+        hidden = clock.hidden[:, None].expand(-1, N * self.kv_heads, -1).flatten(0, 1)
+        q = q.reshape(len(hidden), -1, self.size) * self.size**-0.5
+        small = q[0].numel() * len(keys) < 400 and q.shape[1] == 1  # 400 is torch's own bound, in bmm
+        if small and not x_SND.is_cuda:
+            return self.out(_cell_by_cell(q[:, 0], keys, values, hidden.T).view(S, N, -1))
+        scores = torch.baddbmm(hidden[:, None], q, keys.permute(1, 2, 0))
+        return self.out((scores.softmax(-1) @ values.transpose(0, 1)).reshape(S, N, -1))
 
     def remember(self, x_SND: Tensor, cache: Cache, clock: Clock) -> tuple[Tensor, Tensor, Tensor]:
         """Write the new frames' keys and values -> q (S, N, heads, size), all keys and values of these slots."""
@@ -185,18 +188,13 @@ class TemporalAttention(_Heads):
         return q, cache.keys[:, clock.rows], cache.values[:, clock.rows]
 
 
-def _attended(scores_BGC: Tensor, values_BCd: Tensor) -> Tensor:
-    """Values weighted by the scores' softmax (B, G, size).
-
-    Small ones on a CPU go cell by cell, as torch's softmax and product of few numbers each leave vector units idle.
-    """
-    small = scores_BGC.shape[1] * values_BCd.shape[1] * values_BCd.shape[2] < 400  # torch's own bound, in bmm
-    if not small or values_BCd.device.type != "cpu":
-        return scores_BGC.softmax(-1) @ values_BCd
-    share = scores_BGC.movedim(-1, 0).contiguous().softmax(0)[..., None]
-    total = share[0] * values_BCd[:, :1]
+def _cell_by_cell(q_Bd: Tensor, keys_CBd: Tensor, values_CBd: Tensor, hidden_CB: Tensor) -> Tensor:
+    """Attention (B, size) to few small cells: torch's products and softmax of so few leave vector units idle."""
+    products = (keys_CBd * q_Bd).flatten(0, 1)
+    share = (products @ products.new_ones(q_Bd.shape[1])).view(hidden_CB.shape).add_(hidden_CB).softmax(0)[..., None]
+    total = share[0] * values_CBd[0]
     for cell in range(1, len(share)):
-        total.addcmul_(share[cell], values_BCd[:, cell : cell + 1])
+        total.addcmul_(share[cell], values_CBd[cell])
     return total
 
 
