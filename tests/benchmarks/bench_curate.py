@@ -1,6 +1,7 @@
 """Curation against bare decoding and against a plain loop, side by side in one run; about 4 minutes on two cores.
 
     python tests/benchmarks/bench_curate.py
+    python tests/benchmarks/bench_curate.py --nodes
 
 The footage is four of procgen's games at 640x360, 30 pictures a second, x264's medium preset: rounds of 64 s, strung
 together in other orders to files of five minutes. Three things are done to the same files:
@@ -35,8 +36,10 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
+from ray.cluster_utils import Cluster
 
-from infra.cluster import connect
+from infra.cluster import connect, environment
 from infra.config import ClusterConfig
 from pipelines.config import CurateConfig, FilterConfig, RecordConfig
 from pipelines.curate import curate
@@ -244,13 +247,37 @@ def side_by_side(folder: Path, rounds: int) -> None:
     say(f"start, and {2 * ROUND_S} s of video: {start:.1f} CPU s")
 
 
+def scaling(folder: Path) -> None:
+    """Prints wall times on one, two and four simulated nodes of one CPU each: raylets of their own on this machine."""
+    long, _ = footage(folder)
+    took: dict[int, float] = {}
+    for count in (1, 2, 4):
+        config = CurateConfig(name="bench", workers=count, unit_s=ROUND_S * 5, filters=ALL)
+        os.environ.update(environment())
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            for _ in range(count - 1):
+                cluster.add_node(num_cpus=1)
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+            cluster.wait_for_nodes()
+            _, took[count], clips = whole(folder / f"nodes{count}", long, config)
+            say(f"{count} nodes: {clips} clips, {took[count]:.1f} s, {took[1] / took[count]:.2f}x one node's speed")
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--nodes", action="store_true", help="instead: 1, 2 and 4 simulated nodes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        side_by_side(Path(folder), options.rounds)
+        if options.nodes:
+            scaling(Path(folder))
+        else:
+            side_by_side(Path(folder), options.rounds)
 
 
 if __name__ == "__main__":
