@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from infra.config import UserError
-from serving.app import serve_world
 from serving.config import ServeConfig
 from serving.painter import Painter
 from tests.serving.conftest import SIZE, gateway_of
+from tests.serving.fabric import Fabric
 from tests.serving.test_gateway import bearer, refused
 
 
@@ -58,11 +58,8 @@ def test_a_pipeline_of_pickles_is_refused(pipeline, tmp_path):
         Painter(ServeConfig(text=str(tmp_path / "sd")))
 
 
-def test_a_served_world_takes_words(pipeline, served_home, ray_cluster):
-    config = ServeConfig(
-        home=served_home.path, world="toy", port=0, colocated=True, slots=2, text=str(pipeline), text_steps=2
-    )
-    with serve_world(config) as served:
+def test_a_served_world_takes_words(pipeline, served_home, tmp_path):
+    with Fabric(served_home, tmp_path, colocated=True, slots=2, text=str(pipeline), text_steps=2) as served:
         made = httpx.post(f"{served.url}/v1/sessions", json={"text": "a green hill", "seed": 5}, timeout=60)
         assert made.status_code == 201, made.text
         again = httpx.post(f"{served.url}/v1/sessions", json={"text": "a green hill", "seed": 5}, timeout=60).json()
