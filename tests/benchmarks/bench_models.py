@@ -1,8 +1,9 @@
 """Ratios of the models' costs on one CPU thread, measured side by side: python tests/benchmarks/bench_models.py
 
-Times are CPU time of this process, the least of several rounds, so that a busy machine disturbs them little.
+Times are CPU time of this process. The two sides of a ratio take turns, and the median of the rounds is printed.
 """
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,11 @@ def least_s(work: Callable[[], object], rounds: int = 5) -> float:
         work()
         times.append(time.process_time() - start)
     return min(times)
+
+
+def ratio(over: Callable[[], object], under: Callable[[], object], rounds: int = 9) -> float:
+    """The median of the two's ratio, measured in turns."""
+    return statistics.median(least_s(over, 1) / least_s(under, 1) for _ in range(rounds))
 
 
 def world_of(width: int, side: int, layers: int, frames: int, codes: int = 1024) -> World:
@@ -75,11 +81,6 @@ def one_frame(decoder: Decoder) -> None:
         decoder.advance()
 
 
-def frame_s(decoder: Decoder) -> float:
-    """Seconds to draw and commit one frame of every session."""
-    return least_s(lambda: one_frame(decoder), 3)
-
-
 def cached_against_full() -> list[tuple[str, float, str]]:
     world = world_of(256, 16, 6, 16)
     tokens, actions = torch.zeros(1, 16, 256, dtype=torch.int64), torch.zeros(1, 15, dtype=torch.int64)
@@ -90,17 +91,17 @@ def cached_against_full() -> list[tuple[str, float, str]]:
             logits = world.dynamics.logits(tokens, actions)[0, -1]
             other.revealer.drawn(logits, place, *torch.zeros(3, len(place), dtype=torch.int64))
 
-    whole = least_s(full_pass)
     rows = []
     for steps, bar in ((8, 10), (25, 14)):
-        cached = frame_s(filled(world, 1, steps))
+        decoder = filled(world, 1, steps)
+        found = steps * ratio(full_pass, lambda decoder=decoder: one_frame(decoder))
         rows.append((f"full-window over cached decoding, {steps} steps (6 layers, 256 wide, 256 tokens, T 16)",
-                     steps * whole / cached, f"at least {bar}"))  # fmt: skip
+                     found, f"at least {bar}"))  # fmt: skip
     return rows
 
 
-def matrix_products_s(model: nn.Module, shape: tuple[int, int, int], backward: bool) -> float:
-    """All products of a pass over (frames, tokens, frames seen), linear and attention, at this machine's rate."""
+def matrix_products(model: nn.Module, shape: tuple[int, int, int], backward: bool) -> Callable[[], None]:
+    """Does all products of a pass over (frames, tokens, frames seen), linear and attention."""
     frames, tokens, seen = shape
     work: list[tuple[Tensor, Tensor, Tensor]] = []
     for module in model.modules():
@@ -124,26 +125,26 @@ def matrix_products_s(model: nn.Module, shape: tuple[int, int, int], backward: b
                 g @ w.mT
                 x.mT @ g
 
-    with torch.inference_mode():
-        return least_s(products)
+    return torch.inference_mode()(products)
 
 
 def over_matrix_products() -> list[tuple[str, float, str]]:
     rows = []
     world = world_of(256, 16, 6, 16)
+    decoder = filled(world, 1, 8)
+    whole = matrix_products(world.dynamics, (1, 256, 16), False)
+    found = ratio(lambda: one_frame(decoder), whole) / 9
+    rows.append(("decoding pass over all products of a pass, 256 wide", found, "at most 1.25"))
     # a frame's eight passes finish (last feed-forward, head) the places that are still unknown, its commit pass none
     blocks, last = world.dynamics.transformer.blocks, world.dynamics.transformer.blocks[-1].feed
-    known = (0, *reveal_counts(256, 8)[:-1])
-    own = 9 * matrix_products_s(
-        nn.ModuleList([*blocks[:-1], blocks[-1].spatial, blocks[-1].temporal]), (1, 256, 16), False
-    )
-    own += sum(matrix_products_s(nn.ModuleList([last, world.dynamics.head]), (1, 256 - k, 16), False) for k in known)
-    rows.append(
-        ("decoding a frame over its matrix products, 256 wide", frame_s(filled(world, 1, 8)) / own, "at most 1.25")
-    )
-    step, plain, products = training_step(256)
-    rows.append(("training step over its matrix products, 256 wide", step / products, "at most 1.25"))
-    rows.append(("plain implementation's training step over ours, 256 wide", plain / step, "above 1"))
+    body = matrix_products(nn.ModuleList([*blocks[:-1], blocks[-1].spatial, blocks[-1].temporal]), (1, 256, 16), False)
+    ends = nn.ModuleList([last, world.dynamics.head])
+    rest = [matrix_products(ends, (1, 256 - known, 16), False) for known in (0, *reveal_counts(256, 8)[:-1])]
+    found = ratio(lambda: one_frame(decoder), lambda: [work() for work in (*[body] * 9, *rest)])
+    rows.append(("decoding pass over the products that it does, 256 wide", found, "at most 1.25"))
+    ours, plain, products = training_step(256)
+    rows.append(("training step over its matrix products, 256 wide", ratio(ours, products), "at most 1.25"))
+    rows.append(("plain implementation's training step over ours, 256 wide", ratio(plain, ours), "above 1"))
     return rows
 
 
@@ -189,19 +190,13 @@ class PlainBlock(nn.Module):
         return x + self.feed(x)
 
 
-def training_step(width: int, frames: int = 16, batch: int = 1, tokens: int = 256) -> tuple[float, float, float]:
-    """Seconds of forward and backward of 3 blocks: ours, plain, and the matrix products alone."""
+def training_step(width: int, frames: int = 16, tokens: int = 256) -> list[Callable[[], None]]:
+    """Forward and backward of 3 blocks: ours, plain, and the matrix products alone."""
     shape = TransformerConfig(layers=6, width=width, heads=4, head_size=width // 4, window=frames)
     ours, plain = Transformer(shape).train(), nn.Sequential(*[PlainBlock(width, 4) for _ in range(3)])
-    x = torch.randn(batch, frames, tokens, width)
-    times = []
-    for model in (ours, plain):
-
-        def step(model: nn.Module = model) -> None:
-            model(x.requires_grad_()).sum().backward()
-
-        times.append(least_s(step, 6))
-    return times[0], times[1], matrix_products_s(ours, (batch * frames, tokens, frames), True)
+    x = torch.randn(1, frames, tokens, width)
+    steps = [lambda model=model: model(x.requires_grad_()).sum().backward() for model in (ours, plain)]
+    return [*steps, matrix_products(ours, (frames, tokens, frames), True)]
 
 
 def power(lengths: Tensor, values: list[float]) -> float:
@@ -245,8 +240,9 @@ def batching() -> list[tuple[str, float, str]]:
     rows = []
     shapes = ((toy_world_of_presets(), "preset toy", "under 3"), (world_of(256, 16, 6, 16), "256 wide", "at most 8"))
     for world, name, bar in shapes:
-        ratio = frame_s(filled(world, 8, 8)) / frame_s(filled(world, 1, 8))
-        rows.append((f"8 sessions in one batch over one alone, {name}", ratio, bar))
+        eight, one = filled(world, 8, 8), filled(world, 1, 8)
+        found = ratio(lambda eight=eight: one_frame(eight), lambda one=one: one_frame(one))
+        rows.append((f"8 sessions in one batch over one alone, {name}", found, bar))
     return rows
 
 
