@@ -11,8 +11,15 @@ let left = () => {}; // called when it is left
 
 export const isPlaying = () => game !== null;
 
-export function open(session) {
+function drop() {
   game?.link.close();
+  clearTimeout(game?.timer);
+  game = null;
+  delete $("canvas").dataset.step; // what it shows belongs to no session now
+}
+
+export function open(session) {
+  drop();
   remember(session);
   const link = new Link(session.session, session.token, { onFrame: show, onState: state });
   game = { ...session, link, held: null, run: false, last: 0, looking: null, times: [], frames: [], drawn: 0, tickets: 0, painted: 0, sentAt: 0 };
@@ -21,7 +28,6 @@ export function open(session) {
   $("game").hidden = false;
   $("veil").hidden = $("past").hidden = true;
   for (const canvas of [$("canvas"), $("glow")]) Object.assign(canvas, { width: session.width_px, height: session.height_px });
-  delete $("canvas").dataset.step; // resized, so empty until the greeting is drawn
   $("screen").style.setProperty("--aspect", session.width_px / session.height_px);
   Object.assign($("scrub"), { min: session.first, max: session.step, value: session.step });
   $("fact-model").textContent = session.model;
@@ -141,8 +147,7 @@ function state(name, text, reason, code) {
 }
 
 function leave() {
-  game?.link.close();
-  game = null;
+  drop();
   history.replaceState(null, "", "/");
   $("game").hidden = true;
   $("start").hidden = false;
@@ -169,10 +174,10 @@ async function now(redraw = false) {
   if (game.looking === null && !redraw) return;
   game.looking = null;
   $("past").hidden = true;
-  const step = game.link.step;
+  const here = game, step = game.link.step;
   const frame = await call(`/v1/sessions/${game.session}/frames/${step}.jpg`, { token: game.token });
   const blob = await frame.blob();
-  if (game.looking === null && game.link.step === step) await draw(blob, step);
+  if (game === here && game.looking === null && game.link.step === step) await draw(blob, step);
 }
 
 async function fork() {

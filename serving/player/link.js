@@ -53,6 +53,7 @@ export class Link {
   }
 
   receive(data) {
+    if (this.closed) return; // still on its way when the player left
     if (typeof data === "string") {
       const { state, position } = JSON.parse(data);
       this.attempt = 0;
