@@ -352,14 +352,20 @@ def test_a_flood_is_cut_off(local, session):
         assert closed_with(ws, [pack_step(1, 0)] * 5000)[0] == 4429
 
 
-def test_the_newest_action_counts_when_a_player_is_ahead(local, session):
-    with socket(local, session) as ws:
-        ws.recv()
-        for action in (0, 1, 2, 3):
-            ws.send(pack_step(1, action))
-        frame = FrameMessage.unpack(ws.recv())
-    assert frame.step == 1
-    assert frame.action in (0, 3), "the first, when it was taken before the others came; else the newest"
+def test_the_newest_action_counts_when_a_player_is_ahead(served_home, engine, tmp_path):
+    """The pace holds the second step back for a second; what is pressed meanwhile is one step, the last one."""
+    with gateway_of(served_home, engine, tmp_path / "db", limits=Limits(steps_per_s=1)) as url:
+        made = httpx.post(f"{url}/v1/sessions", json={"gallery": "0"}).json()
+        with socket(url, made) as ws:
+            ws.recv()
+            ws.send(pack_step(1, 0))
+            assert FrameMessage.unpack(ws.recv()).action == 0
+            for action in (0, 1, 2, 3):
+                ws.send(pack_step(2, action))
+            frame = FrameMessage.unpack(ws.recv())
+            assert (frame.step, frame.action) == (2, 3)
+            with pytest.raises(TimeoutError):
+                ws.recv(timeout=1.5)
 
 
 def test_idle_players_are_let_go(served_home, engine, tmp_path):

@@ -28,15 +28,17 @@ class Played:
 
     player: AsyncPlayer
     number: int
-    acts: list
+    acts: list = field(default_factory=list)
     seen: list = field(default_factory=list)
     spans: list = field(default_factory=list)
     """(asked, answered) of every step."""
 
-    async def play(self):
-        for act in self.acts:
+    async def play(self, rng, steps, enough):
+        """So many steps, and on while `enough` is not set: however fast the machine, every kill falls into the play."""
+        while len(self.acts) < steps or not enough.is_set():
+            self.acts.append(int(rng.integers(0, ACTIONS)))
             asked = time.monotonic()
-            self.seen.append(await self.player.step(act))
+            self.seen.append(await self.player.step(self.acts[-1]))
             self.spans.append((asked, time.monotonic()))
         await self.player.close()
 
@@ -47,39 +49,41 @@ async def soak(fabric, seed, sessions, steps, kinds):
     Returns:
         What was played, and the kills as (kinds that were down together, moment).
     """
-    rng = np.random.default_rng(seed)
-    played = []
+    rng, *theirs = np.random.default_rng(seed).spawn(1 + sessions)
+    played, enough = [], asyncio.Event()
     for number in range(sessions):
-        acts = rng.integers(0, ACTIONS, steps).tolist()
         prompt = picture(number, SIZE, SIZE)
         player = await AsyncPlayer.create(fabric.url, prompt, seed=seed * 100 + number, retry_s=300)
-        played.append(Played(player, number, acts))
-    playing = [asyncio.create_task(p.play()) for p in played]
+        played.append(Played(player, number))
+    playing = [asyncio.create_task(p.play(own, steps, enough)) for p, own in zip(played, theirs, strict=True)]
     moments = np.sort(rng.uniform(0.05, 0.8, len(kinds))) * sessions * steps
     killed = []
     for kind, moment in zip(rng.permutation(kinds).tolist(), moments, strict=True):
-        while sum(len(p.seen) for p in played) < moment:
-            await asyncio.sleep(0.005)
-            assert not any(task.done() and task.exception() for task in playing), await asyncio.gather(*playing)
+        await until(lambda moment=moment: sum(len(p.seen) for p in played) >= moment, playing)
         if killed and rng.random() < 0.7:  # otherwise the two are down together
-            await recovered(played, killed[-1][1])
+            await until(lambda: all(answered(p, killed[-1][1]) for p in played), playing)
         began = time.monotonic()
         await asyncio.to_thread(fabric.kill, kind)
         together = killed and not all(answered(p, killed[-1][1]) for p in played)
         killed.append(([*killed[-1][0], kind] if together else [kind], began))
-        assert not all(task.done() for task in playing), "every kill happens while they play"
+    await until(lambda: all(answered(p, killed[-1][1]) for p in played), playing)
+    enough.set()
     await asyncio.gather(*playing)
     return played, killed
 
 
 def answered(played, moment):
-    """Whether a player has asked for and got a step since a moment, or is through."""
-    return len(played.seen) == len(played.acts) or (bool(played.spans) and played.spans[-1][0] > moment)
+    """Whether a player has asked for and got a step since a moment."""
+    return bool(played.spans) and played.spans[-1][0] > moment
 
 
-async def recovered(played, moment):
-    while not all(answered(p, moment) for p in played):
-        await asyncio.sleep(0.01)
+async def until(true, playing):
+    """Waits for something while they play, and raises what ended a player's play."""
+    while not true():
+        await asyncio.sleep(0.005)
+        for task in playing:
+            if task.done():
+                task.result()
 
 
 def check(fabric, world, seed, played):
