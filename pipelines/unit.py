@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 
 ALARM_GRACE_S = 10
 ORPHAN_FACTOR = 20  # a hung child whose worker was killed ends itself after so many limits
-RETRIES = 1  # a child may die of what happens around it (the kernel's OOM killer); twice is the video's own doing
+OWN_DEATHS = 2  # a crash may come from what the last video left behind; a second one in a fresh child is this video's
+OUTSIDE = (signal.SIGKILL, signal.SIGTERM)  # from the kernel's OOM killer or a scheduler: they say little of the video
+DEATHS = 5  # of any kind
 
 
 def peek(path: Path, config: CurateConfig) -> bytes:
@@ -134,8 +136,8 @@ class Child:
                 yield _receive(self.clips)
 
     def _result(self, job: dict[str, Any], limit_s: float) -> dict[str, Any]:
-        died = ""
-        for _ in range(RETRIES + 1):
+        deaths: list[int] = []
+        while sum(-d not in OUTSIDE for d in deaths) < OWN_DEATHS and len(deaths) < DEATHS:
             process = self._started()
             stdin, stdout = _pipes(process)
             try:
@@ -146,16 +148,17 @@ class Child:
                     return dead_letter("decode", "timeout", f"no result within {limit_s:.0f} s")
                 return _receive(stdout)
             except (EOFError, BrokenPipeError):
-                died = _cause(process)
+                deaths.append(process.wait(timeout=ALARM_GRACE_S))
                 self.stop()
-        return dead_letter("decode", "crash", died)
+        return dead_letter("decode", "crash", _cause(min(deaths, key=lambda d: -d in OUTSIDE)))
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self.process is None or self.process.poll() is not None:
             command = [sys.executable, "-m", "pipelines.unit"]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             stdin, _ = _pipes(self.process)
-            _send(stdin, self.settings)
+            with contextlib.suppress(BrokenPipeError):  # dead already: the job will find out
+                _send(stdin, self.settings)
         return self.process
 
     def stop(self) -> None:
@@ -214,8 +217,7 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _cause(process: subprocess.Popen[bytes]) -> str:
-    code = process.wait(timeout=ALARM_GRACE_S)
+def _cause(code: int) -> str:
     if code < 0:
         return f"the decoder was killed by {signal.Signals(-code).name}"
     return f"the decoder ended with status {code}"

@@ -50,26 +50,53 @@ def test_a_hang_becomes_a_dead_letter_and_the_next_video_is_fine(tmp_path, child
     assert child.run(job(film(tmp_path, "v", scroll(90))), 60)["outcome"] == "kept"
 
 
-def test_a_crash_is_tried_again_once(tmp_path, child):
-    os.mkfifo(tmp_path / "endless.mp4")
+@pytest.mark.parametrize(
+    ("blows", "cause"),
+    [
+        ([signal.SIGSEGV] * 2, "SIGSEGV"),
+        ([signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM, signal.SIGSEGV], "SIGSEGV"),
+        ([signal.SIGKILL] * 5, "SIGKILL"),
+    ],
+)
+def test_a_crash_is_tried_again_once_and_a_kill_from_outside_more_often(tmp_path, child, blows, cause):
+    killed = beaten(tmp_path / "endless.mp4", child, blows)
+    result = child.run(job(tmp_path / "endless.mp4"), 60)
+    assert (result["outcome"], result["reason"]) == ("dead_letter", "crash")
+    assert cause in result["detail"]
+    assert len(set(killed)) == len(blows)
+    assert child.run(job(film(tmp_path, "v", scroll(90))), 60)["outcome"] == "kept"
+
+
+def test_a_good_video_outlives_kills_from_outside(tmp_path, child):
+    path = film(tmp_path, "v", scroll(90))
+    want = list(child.run(job(path), 60)["rows"])
+    child.stop()
+    killed = beaten(tmp_path / "endless.mp4", child, [signal.SIGKILL] * 3, then=path)
+    assert list(child.run(job(tmp_path / "endless.mp4"), 60)["rows"]) == want
+    assert len(set(killed)) == 3
+
+
+def beaten(pipe, child, blows, then=None):
+    """Kills a child each time it begins to read a file; puts a good video in the file's place in the end.
+
+    Returns:
+        The process ids that were killed, complete when the child's job is done.
+    """
+    os.mkfifo(pipe)
     killed = []
 
     def strike():
-        for _ in range(2):
-            writer = reader_came(tmp_path / "endless.mp4")
+        for blow in blows:
+            writer = reader_came(pipe)
             killed.append(child.process.pid)
-            os.kill(child.process.pid, signal.SIGSEGV)
+            if then is not None and len(killed) == len(blows):
+                then.rename(pipe)
+            os.kill(killed[-1], blow)
             time.sleep(0.2)
             os.close(writer)
 
-    thread = threading.Thread(target=strike)
-    thread.start()
-    result = child.run(job(tmp_path / "endless.mp4"), 60)
-    thread.join()
-    assert (result["outcome"], result["reason"]) == ("dead_letter", "crash")
-    assert "SIGSEGV" in result["detail"]
-    assert len(set(killed)) == 2
-    assert child.run(job(film(tmp_path, "v", scroll(90))), 60)["outcome"] == "kept"
+    threading.Thread(target=strike).start()
+    return killed
 
 
 def reader_came(pipe):
