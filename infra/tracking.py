@@ -4,6 +4,7 @@ Everything a run says first goes into an outbox file beside the work and is sent
 same run again (found by its key), an outage only lets the outbox grow, and nothing waits for the server.
 """
 
+import importlib.util
 import json
 import logging
 import threading
@@ -19,7 +20,6 @@ from infra.config import Home, TrackingConfig
 from infra.registry import connect, experiment_id, register
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
@@ -44,11 +44,13 @@ class Run:
         key: what the run is about, such as an identity digest: the same key is the same run.
         folder: where the outbox lives; must survive restarts.
         send_every_s: how often the background thread sends.
+        sample_every_s: how often it says what this machine is busy with.
     """
 
     def __init__(
-        self, config: TrackingConfig, home: Home, *, name: str, key: str, folder: Path, send_every_s: float = 3.0
-    ) -> None:
+        self, config: TrackingConfig, home: Home, *, name: str, key: str, folder: Path, send_every_s: float = 3.0,
+        sample_every_s: float = 15.0,
+    ) -> None:  # fmt: skip
         self.config, self.home, self.name, self.key, self.folder = config, home, name, key, folder
         self.uri = config.uri or home.tracking_uri
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,12 +58,12 @@ class Run:
         state = json.loads(self._state_file.read_text()) if self._state_file.exists() else {}
         self.run_id: str | None = state.get("run_id")
         self._sent_bytes: int = state.get("sent_bytes", 0)
-        self._last_step: int = self._recorded_step()
+        self._said: dict[str, int] = self._recorded_steps()
         self._events: list[str] = self._recorded_events()
         self._client: MlflowClient | None = None
         self._lock, self._send_lock, self._closed = threading.Lock(), threading.Lock(), threading.Event()
         self._retry_at = 0.0
-        self._thread = threading.Thread(target=self._keep_sending, args=(send_every_s,), daemon=True)
+        self._thread = threading.Thread(target=self._keep_sending, args=(send_every_s, sample_every_s), daemon=True)
         self._thread.start()
 
     def params(self, values: Mapping[str, Any]) -> None:
@@ -73,17 +75,11 @@ class Run:
         self._put({"kind": "tags", "values": dict(values)})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of one step. Steps that a run has said before its restart are not said twice."""
-        if step <= self._last_step:
-            return
-        self._last_step = step
-        finite = {k: float(v) for k, v in values.items() if np.isfinite(v)}
-        self._put({"kind": "metrics", "step": step, "values": finite})
-
-    def summary(self, values: Mapping[str, float]) -> None:
-        """Final numbers, at the last step."""
-        finite = {k: float(v) for k, v in values.items() if np.isfinite(v)}
-        self._put({"kind": "metrics", "step": max(self._last_step, 0), "values": finite})
+        """Numbers of one step. What a run has said of a step before its restart is not said twice."""
+        fresh = {k: float(v) for k, v in values.items() if step > self._said.get(k, -1) and np.isfinite(v)}
+        if fresh:
+            self._said |= dict.fromkeys(fresh, step)
+            self._put({"kind": "metrics", "step": step, "values": fresh})
 
     def file(self, path: Path, to: str = "") -> None:
         """An existing file, kept as an artifact under the folder `to`. It must stay until it is sent."""
@@ -92,22 +88,6 @@ class Run:
     def model(self, path: Path, reference: str, fingerprint: str) -> None:
         """A published world, for the registry (`infra.registry.register`)."""
         self._put({"kind": "model", "path": str(path), "reference": reference, "fingerprint": fingerprint})
-
-    def image(self, name: str, pixels: np.ndarray) -> None:
-        """A picture (H,W,3 uint8), kept as pictures/<name>.png."""
-        import matplotlib.image
-
-        path = self.folder / "pictures" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        matplotlib.image.imsave(path, pixels)
-        self.file(path, "pictures")
-
-    def figure(self, name: str, figure: "Figure") -> None:
-        """A matplotlib figure, kept as figures/<name>.svg."""
-        path = self.folder / "figures" / f"{name}.svg"
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, bbox_inches="tight")
-        self.file(path, "figures")
 
     def event(self, text: str) -> None:
         """A line on the run's timeline: the description MLflow shows on top of the run."""
@@ -151,16 +131,20 @@ class Run:
         with self._lock, self._outbox.open("a") as file:
             file.write(line)
 
-    def _keep_sending(self, every_s: float) -> None:
+    def _keep_sending(self, every_s: float, sample_every_s: float) -> None:
+        machine, due = Machine(), time.monotonic() + sample_every_s
         while not self._closed.wait(every_s):
+            if time.monotonic() >= due:
+                values, due = machine.sample(), time.monotonic() + sample_every_s
+                self.metrics(1 + max((self._said.get(name, -1) for name in values), default=0), values)
             self.flush()
 
     def _recorded(self, kind: str) -> list[dict[str, Any]]:
         lines = self._outbox.read_text().splitlines() if self._outbox.exists() else []
         return [r for r in map(_parse, lines) if r is not None and r["kind"] == kind]
 
-    def _recorded_step(self) -> int:
-        return max((r["step"] for r in self._recorded("metrics")), default=-1)
+    def _recorded_steps(self) -> dict[str, int]:
+        return {name: record["step"] for record in self._recorded("metrics") for name in record["values"]}
 
     def _recorded_events(self) -> list[str]:
         notes = [r["values"][NOTE_TAG] for r in self._recorded("tags") if NOTE_TAG in r["values"]]
@@ -243,6 +227,28 @@ class Run:
         temporary = self._state_file.with_suffix(".tmp")
         temporary.write_text(json.dumps({"run_id": self.run_id, "sent_bytes": self._sent_bytes}))
         temporary.replace(self._state_file)
+
+
+class Machine:
+    """What MLflow's own monitors see of the machine, under the names that its interface shows as system metrics."""
+
+    def __init__(self) -> None:
+        from mlflow.system_metrics.metrics import cpu_monitor, disk_monitor, gpu_monitor, network_monitor
+
+        kinds: list[Any] = [cpu_monitor.CPUMonitor, disk_monitor.DiskMonitor, network_monitor.NetworkMonitor]
+        if Path("/dev/nvidia0").exists() and importlib.util.find_spec("pynvml"):
+            kinds.append(gpu_monitor.GPUMonitor)
+        self._monitors = [kind() for kind in kinds]
+        self.sample()  # use of processors is counted since the last look
+
+    def sample(self) -> dict[str, float]:
+        """Use of processors since the last look, of memory and disk, and of the GPUs where there are any."""
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.clear_metrics()
+            monitor.collect_metrics()
+            values |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+        return values
 
 
 def history(config: TrackingConfig, home: Home, key: str) -> dict[str, list[tuple[int, float]]]:

@@ -1,5 +1,8 @@
 """What a model costs: parameters and floating-point operations, counted without allocating any memory."""
 
+import math
+import resource
+import time
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +84,23 @@ def cost(config: ModelConfig) -> Cost:
         forward += transformer_flops(cfg, N, min(cfg.window, (frames + 1) / 2)) + ends
         cached = transformer_flops(cfg, N, min(cfg.window, frames)) + ends  # the decoder's, which comes last
     return Cost(parameters(config), forward, cached, _cache_values(config.decoder, N, frames))
+
+
+def ceiling_flops(device: str, took_s: float = 0.2) -> float:
+    """Operations a second that square fp32 products reach here, as many threads as torch has: the best of `took_s`."""
+    x, best, until = torch.ones(768, 768, device=device), math.inf, time.perf_counter() + took_s
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        float((x @ x)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * 768**3 / best
+
+
+def memory_bytes(device: str) -> float:
+    """The most that this process has held so far: of the GPU's memory, or of the machine's (Linux, in kB)."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.max_memory_allocated())
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def quality_cost(cfg: QualityConfig) -> tuple[int, float]:

@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.cost import ceiling_flops, memory_bytes
 from models.quantizer import Codebook
 from pipelines.checkpoints import Checkpoints
 from pipelines.feed import Batch, Schedule
 from pipelines.progress import PROGRESS
-from pipelines.stages import Job, export, pictures
+from pipelines.stages import Job, export, look
 from pipelines.train_config import OptimizerConfig
 from pipelines.zero import Engine
 
@@ -160,6 +161,7 @@ class Loop:
         """
         step = self._resume()
         self.journal.write(pid=os.getpid(), host=socket.gethostname(), world=self.engine.world, at=step)
+        self.journal.write(ceiling_flops=ceiling_flops(self.engine.device))
         self.engine.model.train()
         if step == 0:
             self._look(0)
@@ -242,6 +244,7 @@ class Loop:
         """Progress of the interval into the journal; whether to stop here."""
         wants = self.engine.rank == 0 and (self.job.folder / STOP).exists()
         values, stop = self.meter.read(self.engine, bool(wants or self.preempted()))
+        values["memory_bytes"] = memory_bytes(self.engine.device)
         values["samples_per_s"] = self.config.batch / values["step_s"]
         values["left_out"] = float(len(self.bad))
         self.losses.append(values.get("loss", math.nan))
@@ -295,10 +298,12 @@ class Loop:
 
             folder = self.job.folder / "pictures"
             folder.mkdir(exist_ok=True)
-            for name, picture in pictures(self.job, weights).items():
+            shown, measured = look(self.job, weights)
+            for name, picture in shown.items():
                 path = folder / f"{name}-{step:07d}.png"
                 path.write_bytes(png(picture))
                 self.journal.write(picture=str(path))
+            self.journal.write(looked=step, **measured)
         self.meter.began = time.perf_counter() if not self.meter.steps else self.meter.began
 
     def _export(self) -> None:

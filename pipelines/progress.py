@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from infra.plan import TrainingPlan
 from infra.tracking import Run
 from pipelines.figures import Line, line_chart
 
@@ -20,13 +21,19 @@ CURVES = ("loss", "actions/loss", "dynamics/loss")
 class Follower:
     """Reads the journal as it grows, whoever writes it.
 
+    Args:
+        folder: of the training.
+        run: where it is tracked.
+        plan: what a step costs.
+        peak_flops: of one worker by its data sheet; None takes what each start measures (`models.cost.ceiling_flops`).
+
     Attributes:
         step: the newest step told of.
         final: the newest value of every metric.
     """
 
-    def __init__(self, folder: Path, run: Run, steps: int) -> None:
-        self.path, self.run, self.steps = folder / PROGRESS, run, steps
+    def __init__(self, folder: Path, run: Run, plan: TrainingPlan, peak_flops: float | None = None) -> None:
+        self.path, self.run, self.plan, self.peak_flops = folder / PROGRESS, run, plan, peak_flops
         self.step, self.final = 0, dict[str, float]()
         self._place = 0
         self._curves: dict[str, dict[int, float]] = {}
@@ -38,6 +45,12 @@ class Follower:
         for fields, old in self._lines():
             if "step" in fields:
                 self._metrics(fields, old)
+            elif "looked" in fields:
+                step = fields.pop("looked")
+                self.final |= (values := {name: float(v) for name, v in fields.items() if name != "time_s"})
+                self.run.metrics(step, values)
+            elif "ceiling_flops" in fields:
+                self.peak_flops = self.peak_flops or fields["ceiling_flops"]
             elif "event" in fields and not old:
                 self.run.event(fields["event"])
                 log.info("train | %s", fields["event"])
@@ -72,19 +85,24 @@ class Follower:
                 yield json.loads(line), old
 
     def _metrics(self, fields: dict[str, Any], old: bool) -> None:
-        step = fields["step"]
+        step, plan = fields["step"], self.plan
         values = {k: float(v) for k, v in fields.items() if k not in ("step", "time_s") and _finite(v)}
+        per_s = values["samples_per_s"] * plan.frames
+        values["tokens_per_s"] = per_s * plan.tokens
+        if self.peak_flops:
+            values["mfu"] = per_s * plan.frame_flops / (self.peak_flops * fields["world"])
         for name, value in values.items():
             self._curves.setdefault(name, {})[step] = value
         self.final |= values
         self.step = step
         self.run.metrics(step, values)
         if not old:
-            eta_s = (self.steps - step) * values["step_s"]
+            eta_s = (plan.steps - step) * values["step_s"]
             log.info(
-                "step %d/%d | loss %.4f | dt %.0f ms | %.1f samples/s | data wait %.0f%% | eta %s",
-                step, self.steps, fields.get("loss", math.nan), 1000 * values["step_s"], values["samples_per_s"],
-                100 * values["data_wait_s"] / values["step_s"], time.strftime("%H:%M:%S", time.gmtime(eta_s)),
+                "step %d/%d | loss %.4f | dt %.0f ms | %.1f samples/s | mfu %.0f%% | data wait %.0f%% | eta %s",
+                step, plan.steps, fields.get("loss", math.nan), 1000 * values["step_s"], values["samples_per_s"],
+                100 * values.get("mfu", 0), 100 * values["data_wait_s"] / values["step_s"],
+                time.strftime("%H:%M:%S", time.gmtime(eta_s)),
             )  # fmt: skip
 
 

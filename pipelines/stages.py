@@ -33,6 +33,7 @@ from models.sampler import Window
 from models.tokenizer import Tokenizer
 from models.world import CoTraining, World
 from pipelines import feed, figures, quality
+from pipelines.measures import frame_psnr
 from pipelines.shards import Dataset, open_dataset
 from pipelines.tokenize import check_size
 from pipelines.train_config import TrainConfig
@@ -44,6 +45,8 @@ KINDS = {
 """Stage -> kind of its artifact. Finished dynamics stand with their tokenizer and actions: a playable world."""
 PROMPTS = 8
 PICTURE_ROWS, PICTURE_FRAMES = 4, 8
+DELTA_FRAMES = 4
+"""Generated frames after which delta-PSNR is read, as in the paper."""
 PREVIEW = SamplerConfig(steps=8)
 """Rollout pictures are for the eye, so a few refinement passes do."""
 
@@ -239,16 +242,31 @@ def export(job: Job, weights: Mapping[str, Tensor], folder: Path) -> None:
         quality.examine(job.source, test, model, folder)
 
 
-def pictures(job: Job, weights: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """What the stage can do by now, on held-out clips: name -> picture (H,W,3) uint8."""
+def look(job: Job, weights: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """What the stage can do by now, on held-out clips: name -> picture (H,W,3) uint8, and name -> number."""
     model = filled(job, weights)
     if isinstance(model, Tokenizer):
         frames = held_out(job, PICTURE_ROWS, model.cfg.frames)[:, :PICTURE_FRAMES]
         shown = model.decode(model.encode(torch.from_numpy(frames))).numpy()
-        return {"reconstructions": figures.sheet([row for pair in zip(frames, shown, strict=True) for row in pair])}
+        picture = figures.sheet([row for pair in zip(frames, shown, strict=True) for row in pair])
+        return {"reconstructions": picture}, {"held_out/psnr_db": float(frame_psnr(frames, shown).mean())}
     if isinstance(model, (CoTraining, WithActions)):
-        return {"actions": _one_row_per_action(job, _world(job, model))}
-    return {}
+        world = _world(job, model)
+        return {"actions": _one_row_per_action(job, world)}, {"held_out/dpsnr_db": _delta_psnr(job, world)}
+    return {}, {}
+
+
+def _delta_psnr(job: Job, world: World) -> float:
+    """What a few rollouts lose with another rollout's actions, in dB at the last frame shown (paper, section 3).
+    The evaluation takes more windows and says how sure it is; this is to see it grow."""
+    frames = held_out(job, PROMPTS, job.source.frames)[:, : 1 + DELTA_FRAMES]
+    shown = torch.from_numpy(frames)
+    latent = cast(LatentActionModel, world.actions).infer(shown, world.tokenizer.encode(shown)).numpy()
+    starts: list[Window] = [world.prompt_window(window[:1], seed) for seed, window in enumerate(frames)]
+    arms = np.concatenate((latent, np.roll(latent, 1, axis=0)))
+    made = world.rollout(starts * 2, arms, PREVIEW).numpy()
+    true, other = (frame_psnr(frames[:, -1], part[:, -1]) for part in np.split(made, 2))
+    return float((true - other).mean())
 
 
 def held_out(job: Job, count: int, frames: int) -> np.ndarray:

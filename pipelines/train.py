@@ -96,7 +96,8 @@ def train(config: TrainConfig) -> Artifact:
     run = Run(config.tracking, home, name=config.artifact_name, key=job.identity, folder=job.folder)
     run.params({**to_dict(job.config), "model": to_dict(job.model), "parameters": count})
     run.tags({"stage": config.stage, "identity": job.identity, **{f"parent.{k}": v for k, v in job.parents.items()}})
-    follower = Follower(job.folder, run, config.steps)
+    peak = DEVICES[config.device].flops if config.gpu else None
+    follower = Follower(job.folder, run, plan, peak)
     try:
         _run(job, follower)
         follower.draw_curves()

@@ -6,6 +6,7 @@ from mlflow import MlflowClient
 
 from infra.config import TrackingConfig
 from infra.tracking import NOTE_TAG, Run, flatten
+from pipelines.figures import png
 
 
 def open_run(home, key="k1", uri=None, **more):
@@ -28,7 +29,9 @@ def finished(tracked_home):
     for step in range(2, 8):
         again.metrics(step, {"loss": 1.0 / (step + 1)})
     again.event("continued at step 2")
-    again.image("reconstruction", np.full((8, 8, 3), 77, np.uint8))
+    picture = tracked_home.runs / "reconstruction.png"
+    picture.write_bytes(png(np.full((8, 8, 3), 77, np.uint8)))
+    again.file(picture, "pictures")
     again.close()
     return again
 
