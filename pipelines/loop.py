@@ -4,6 +4,7 @@ Nothing random happens here: samples, draws, warm-ups and rates are functions of
 from a checkpoint goes on exactly as it would have.
 """
 
+import functools
 import json
 import logging
 import math
@@ -22,24 +23,34 @@ from torch import Tensor, nn
 
 from models.cost import ceiling_flops, memory_bytes
 from models.quantizer import Codebook
-from pipelines.checkpoints import Checkpoints
+from pipelines.checkpoints import Checkpoints, Writer, at_hand
 from pipelines.feed import Batch, Schedule
 from pipelines.progress import PROGRESS
+from pipelines.spikes import Watch, read_skipped, write_skipped
 from pipelines.stages import Job, export, look
 from pipelines.train_config import OptimizerConfig
-from pipelines.zero import Engine
+from pipelines.zero import Engine, in_host_memory
 
 log = logging.getLogger(__name__)
 
 STOP = "stop"
-SKIPPED = "skipped.json"
+ASK_S = 2.0
+"""How often a loop looks whether it should stop."""
+LAST_S = 15.0
+"""So long before a node goes, a last checkpoint is written."""
 INPUTS = ("frames", "tokens", "key", "label", "weight")
 """What models take of a batch."""
 RESULT = "result"
 
 
 class Diverged(RuntimeError):
-    """More steps were not finite than the budget allows; the restart goes around their samples."""
+    """More steps were left out than the budget allows; the restart goes around their samples."""
+
+
+def write_file(value: Any, path: Path) -> None:
+    """Tensors and the like; through Python's file, whose errors say what is wrong, unlike those of torch's own."""
+    with path.open("wb") as file:
+        torch.save(value, file)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -102,22 +113,22 @@ class Meter:
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def read(self, engine: Engine, stop: bool) -> tuple[dict[str, float], bool]:
-        """Means over the interval and all ranks, and whether any rank wants to stop. A collective; starts anew."""
-        names = sorted(self.sums)
+    def read(self, engine: Engine) -> dict[str, float]:
+        """Means over the interval and all ranks. A collective; starts anew."""
+        names, steps = sorted(self.sums), max(1, self.steps)
         own = [self.sums[n].to(engine.device) / self.counts[n] for n in names]
-        own += [torch.tensor(v, device=engine.device) for v in (self.wait_s, float(stop))]
-        row = torch.stack([v.float().reshape(()) for v in own])
-        if engine.world > 1:
-            dist.all_reduce(row)
-        row = row / engine.world
-        values = dict(zip([*names, "data_wait_s", "stop"], row.tolist(), strict=True))
         took = max(1e-9, time.perf_counter() - self.began)
-        steps = max(1, self.steps)
-        wants_stop = values.pop("stop") > 0
-        values["step_s"], values["data_wait_s"] = took / steps, values["data_wait_s"] / steps
+        own += [torch.tensor(v / steps, device=engine.device) for v in (self.wait_s, took)]
+        row = mean(torch.stack([v.float().reshape(()) for v in own]), engine)
         self.__init__()
-        return values, wants_stop
+        return dict(zip([*names, "data_wait_s", "step_s"], row.tolist(), strict=True))
+
+
+def mean(row: Tensor, engine: Engine) -> Tensor:
+    """The same numbers of all ranks, averaged. A collective."""
+    if engine.world > 1:
+        dist.all_reduce(row)
+    return row / engine.world
 
 
 @dataclass(frozen=True)
@@ -135,29 +146,30 @@ class Loop:
         job: what to train.
         engine: who takes the steps.
         batches: this rank's micro-batches, from the first step on, in order.
-        preempted: says that this node will soon go; may be a collective.
+        preempted: seconds until a node of a worker goes, if one will; called on all ranks at once.
     """
 
     def __init__(
-        self, job: Job, engine: Engine, batches: Iterator[Batch], preempted: Callable[[], bool] = lambda: False
+        self, job: Job, engine: Engine, batches: Iterator[Batch], preempted: Callable[[], float | None] = lambda: None
     ) -> None:
         self.job, self.engine, self.batches, self.preempted = job, engine, batches, preempted
         self.config = job.config
-        self.checkpoints = Checkpoints(job.folder, self.config.keep)
+        self.checkpoints, self.writer = Checkpoints(job.folder, self.config.keep), Writer()
         self.skipped = read_skipped(job.folder)
         self.schedule: Schedule = job.schedule(tuple(self.skipped))
         self.journal = Journal(job.folder, active=engine.rank == 0)
         self.meter = Meter()
-        self.bad: list[int] = []
+        self.watch = Watch(self.config.spike_factor)
+        self.bad: list[list[int]] = []
         self.losses: list[float] = []
         self.average: Average | None = None
-        self.saved = -1
+        self.saved, self.ask_every, self.warned = -1, 1, math.inf
 
     def run(self) -> Outcome:
-        """Trains to the last step, or until the stop file or a preemption says otherwise.
+        """Trains to the last step, or until the stop file says otherwise.
 
         Raises:
-            Diverged: too many steps were not finite.
+            Diverged: too many steps were left out.
         """
         step = self._resume()
         self.journal.write(pid=os.getpid(), host=socket.gethostname(), world=self.engine.world, at=step)
@@ -170,13 +182,19 @@ class Loop:
             step += 1
             self.meter.steps += 1
             last = step == self.config.steps
-            stop = (last or step % self.config.log_every == 0) and self._report(step)
-            if last or stop or step % self.config.checkpoint_every == 0:
+            telling = last or step % self.config.log_every == 0
+            if telling:
+                self._report(step)
+            asking = not last and (telling or step % self.ask_every == 0)
+            stop, leaving = self._asked(step) if asking else (False, False)
+            if last or stop or leaving or step % self.config.checkpoint_every == 0:
                 self._save(step)
             if last or (self.config.picture_every and step % self.config.picture_every == 0):
                 self._look(step)
-            if stop and not last:
+            if stop:
+                self.writer.wait()
                 return Outcome(step, finished=False)
+        self.writer.wait()
         self._export()
         return Outcome(step, finished=True)
 
@@ -187,11 +205,13 @@ class Loop:
             self.average = Average(engine.model, config.optimizer.ema_decay)
         if found is None:
             return 0
-        folder, manifest = found
-        engine.load(folder, manifest)
-        if self.average is not None:
-            self.average.weights = torch.load(folder / "average.pt", map_location=engine.device, weights_only=True)
-        self.saved = manifest["step"]
+        path, manifest = found
+        with at_hand(path, os.environ.get("LOCAL_RANK", "0") == "0", self._barrier) as folder:
+            engine.load(folder, manifest)
+            if self.average is not None:
+                self.average.weights = torch.load(folder / "average.pt", map_location=engine.device, weights_only=True)
+        self.saved, self.watch.seen, self.bad = manifest["step"], manifest["seen"], manifest["bad"]
+        self.checkpoints.floor = self.bad[0][0] if self.bad else None
         self.journal.event(
             f"continued at step {manifest['step']} with {engine.world} workers (before: {manifest['world']})"
         )
@@ -200,20 +220,27 @@ class Loop:
     def _step(self, step: int) -> None:
         model: Any = self.engine.model
         model.begin_step(step, self.config.steps)
+        self.writer.check()
+        losses: list[Tensor] = []
         for part in range(self.schedule.per_step // self.engine.world):
             began = time.perf_counter()
             batch = next(self.batches)
             self.meter.wait_s += time.perf_counter() - began
-            self.meter.add(self.engine.forward_backward(self._checked(batch, step, part)))
+            metrics = self.engine.forward_backward(self._checked(batch, step, part))
+            losses.append(metrics["loss"].detach())
+            self.meter.add(metrics)
         rate = learning_rate(self.config.optimizer, step, self.config.steps)
-        norm = self.engine.step(rate)
+        loss = float(mean(torch.stack(losses).mean(), self.engine)) if self.watch.factor else 0.0
+        limit = self.watch.limit("norm") if not loss > self.watch.limit("loss") else 0.0
+        norm = self.engine.step(rate, limit)
         self.meter.add({"grad_norm": torch.tensor(norm), "lr": torch.tensor(rate)} if math.isfinite(norm) else {})
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm <= limit:
+            self.watch.add(loss, norm)
             model.end_step()
             if self.average is not None:
                 self.average.update(model)
         else:
-            self._left_out(step)
+            self._left_out(step, self.watch.reason(loss, norm))
 
     def _checked(self, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
         """The batch on the device, after proof that it is the one that the order of samples asks for."""
@@ -225,62 +252,98 @@ class Loop:
         arrays = {name: np.ascontiguousarray(batch[name]) for name in INPUTS if name in batch}
         return {name: torch.from_numpy(array).to(self.engine.device) for name, array in arrays.items()}
 
-    def _left_out(self, step: int) -> None:
-        """A step that was not finite: nothing was learned from it, its batch is remembered."""
+    def _left_out(self, step: int, reason: str) -> None:
+        """A step that was not finite or spiked: nothing was learned from it, its batch is remembered."""
         for module in self.engine.model.modules():
             if isinstance(module, Codebook):
                 module.forget()
         number = self.schedule.batch_number(step)
-        self.bad.append(number)
+        self.bad.append([step, number])
+        self.checkpoints.floor = self.bad[0][0]
         samples = f"{number * self.schedule.batch}..{(number + 1) * self.schedule.batch - 1}"
-        self.journal.event(f"step {step} was not finite and is left out (samples {samples})")
+        self.journal.event(f"step {step} {reason} and is left out (samples {samples})")
         if len(self.bad) > self.config.skip_budget:
-            if self.engine.rank == 0:
-                write_skipped(self.job.folder, [*self.skipped, *self.bad])
-            self.journal.event(f"rolling back around {len(self.bad)} batches that were not finite: {self.bad}")
-            raise Diverged(f"{len(self.bad)} steps were not finite, the budget is {self.config.skip_budget}")
+            self.writer.wait()
+            self._together(self._roll_back)
+            raise Diverged(f"{len(self.bad)} steps were left out, the budget is {self.config.skip_budget}")
 
-    def _report(self, step: int) -> bool:
-        """Progress of the interval into the journal; whether to stop here."""
-        wants = self.engine.rank == 0 and (self.job.folder / STOP).exists()
-        values, stop = self.meter.read(self.engine, bool(wants or self.preempted()))
+    def _roll_back(self) -> None:
+        """The next start goes on from before the first step that was left out, around the batches of all of them."""
+        numbers = [number for _, number in self.bad]
+        self.checkpoints.forget_after(self.bad[0][0])
+        write_skipped(self.job.folder, [*self.skipped, *numbers])
+        self.journal.event(f"rolling back before step {self.bad[0][0]}, around {len(numbers)} batches: {numbers}")
+
+    def _report(self, step: int) -> None:
+        """Progress of the interval into the journal."""
+        values = self.meter.read(self.engine)
+        self.ask_every = max(1, int(ASK_S / values["step_s"]))
         values["memory_bytes"] = memory_bytes(self.engine.device)
         values["samples_per_s"] = self.config.batch / values["step_s"]
         values["left_out"] = float(len(self.bad))
         self.losses.append(values.get("loss", math.nan))
         self.journal.write(step=step, world=self.engine.world, **values)
-        if stop and step < self.config.steps:
-            self.journal.event(f"stopping at step {step} with a checkpoint")
-        return stop
+
+    def _asked(self, step: int) -> tuple[bool, bool]:
+        """Whether to stop, and whether a node is about to go: both call for a checkpoint. A collective; rank 0 decides.
+
+        A node that will go asks for one at once, and for another shortly before.
+        """
+        left = self.preempted()
+        leaving = left is not None and (self.warned == math.inf or left < LAST_S <= self.warned)
+        wants = [(self.job.folder / STOP).exists(), leaving] if self.engine.rank == 0 else [False, False]
+        stop, leaving = (mean(torch.tensor(wants, device=self.engine.device).float(), self.engine) > 0).tolist()
+        if leaving and left is not None:
+            self.warned = min(left, 1e9)
+        if stop or leaving:
+            why = "stopping" if stop else f"a node goes in {left or 0:.0f} s: going on"
+            self.journal.event(f"{why} at step {step} with a checkpoint")
+        return stop, leaving
 
     def _save(self, step: int) -> None:
+        """A copy of the state, written meanwhile."""
         if step == self.saved:
             return
         began = time.perf_counter()
-        draft = self.checkpoints.draft(step)
-        self.engine.save(draft)
+        self.writer.wait()
+        state = self.engine.snapshot()
         if self.average is not None:
-            torch.save(self.average.weights, draft / "average.pt")
+            state["average.pt"] = in_host_memory(self.average.weights)
         facts = {
             "step": step,
             "world": self.engine.world,
             "zero": self.config.zero,
             "engine": self.engine.kind,
             "loss": float(np.mean(self.losses)) if self.losses else math.nan,
+            "seen": self.watch.seen.copy(),
+            "bad": self.bad.copy(),
         }
-        self._together(lambda: self.checkpoints.commit(draft, facts))
+        work = functools.partial(self._write, state, facts, began)
+        if self.config.keep.background:
+            self.writer.start(work)
+        else:
+            work()
         self.losses.clear()
         self.saved = step
-        self.journal.write(checkpoint=step, took_s=round(time.perf_counter() - began, 3))
+        self.journal.write(held=step, took_s=round(time.perf_counter() - began, 4))
+
+    def _write(self, state: dict[str, Any], facts: dict[str, Any], began: float) -> None:
+        files = {name: functools.partial(write_file, value) for name, value in state.items()}
+        self.checkpoints.share(facts["step"], self.engine.rank, files)
+        if self.engine.rank == 0:
+            self.checkpoints.commit(facts)
+            self.journal.write(checkpoint=facts["step"], took_s=round(time.perf_counter() - began, 4))
+
+    def _barrier(self) -> None:
+        if self.engine.world > 1:
+            dist.barrier()
 
     def _together(self, work: Callable[[], object]) -> None:
         """Work of rank 0 between two barriers."""
-        if self.engine.world > 1:
-            dist.barrier()
+        self._barrier()
         if self.engine.rank == 0:
             work()
-        if self.engine.world > 1:
-            dist.barrier()
+        self._barrier()
 
     def _weights(self) -> dict[str, Tensor]:
         weights = self.engine.weights()
@@ -309,16 +372,3 @@ class Loop:
     def _export(self) -> None:
         weights = self._weights()
         self._together(lambda: export(self.job, weights, self.job.folder / RESULT))
-
-
-def read_skipped(folder: Path) -> list[int]:
-    """Numbers of the batches that a training goes around."""
-    path = folder / SKIPPED
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def write_skipped(folder: Path, numbers: list[int]) -> None:
-    """Atomically."""
-    draft = folder / f".{SKIPPED}"
-    draft.write_text(json.dumps(sorted(set(numbers))))
-    draft.replace(folder / SKIPPED)

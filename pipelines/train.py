@@ -9,32 +9,29 @@ import json
 import logging
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from infra.artifact import Artifact, find, publish
 from infra.cluster import connect
 from infra.config import Home, UserError, to_dict
 from infra.plan import DEVICES, TrainingPlan
-from infra.tracking import Run
-from models.config import ModelError
-from pipelines.checkpoints import Checkpoints
+from infra.tracking import Run, send_rest
+from pipelines.checkpoints import Checkpoints, is_full
 from pipelines.progress import Follower
+from pipelines.spikes import read_skipped
 from pipelines.train_config import TrainConfig
+from pipelines.workers import REFUSED, fit, starting_step
 
 if TYPE_CHECKING:
-    import ray.data
-
     from pipelines.stages import Job
 
 log = logging.getLogger(__name__)
 
-REFUSED = "refused.txt"
 POLL_S = 0.5
-HANG_S = 300.0
-"""A collective that takes longer is taken as hung; the workers are started again."""
 
 
 class Interrupted(UserError):
@@ -84,10 +81,12 @@ def train(config: TrainConfig) -> Artifact:
     done = find(home, name=config.artifact_name, identity=job.identity)
     if done is not None:
         log.info("train %s: %s is this training already", config.stage, done.reference)
+        send_rest(config.tracking, home, name=config.artifact_name, key=job.identity, folder=job.folder)
         return done
     job.folder.mkdir(parents=True, exist_ok=True)
     for name in ("stop", REFUSED):
         (job.folder / name).unlink(missing_ok=True)
+    Checkpoints(job.folder, job.config.keep).prove()
     plan = estimate(job.config, job.model)
     _check_memory(job, plan)
     count = plan.parameters
@@ -101,7 +100,7 @@ def train(config: TrainConfig) -> Artifact:
     try:
         _run(job, follower)
         follower.draw_curves()
-        metrics = follower.final | _measured(job.folder / "result", run)
+        metrics = follower.final | _measured(job.folder / "result")
         made = publish(home, name=config.artifact_name, kind=KINDS[config.stage], source_dir=job.folder / "result",
                        config=job.settings, parents=job.parents, metrics=metrics, identity=job.identity)  # fmt: skip
     except BaseException as error:
@@ -109,6 +108,8 @@ def train(config: TrainConfig) -> Artifact:
         run.close("KILLED" if isinstance(error, Interrupted) else "FAILED")
         raise
     run.tags({"artifact": made.reference})
+    for chart in sorted(made.path.glob("*.svg")):
+        run.file(chart, "figures")
     if made.kind == "world":
         run.model(made.path, made.reference, made.fingerprint)
     run.event(f"published {made.reference}")
@@ -118,21 +119,26 @@ def train(config: TrainConfig) -> Artifact:
     return made
 
 
-def _measured(result: Path, run: Run) -> dict[str, float]:
-    """What a stage measured of its result when it wrote it; the charts go to the run."""
-    for chart in sorted(result.glob("*.svg")):
-        run.file(chart, "figures")
+def _measured(result: Path) -> dict[str, float]:
+    """What a stage measured of its result when it wrote it."""
     path = result / "measures.json"
     return json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.exists() else {}
 
 
 def _run(job: "Job", follower: Follower) -> None:
     """To the end, in workers or here; the console and MLflow follow meanwhile."""
-    if not job.config.workers:
-        _followed(job, follower, _here)
-    else:
-        with connect(job.config.cluster):
-            _followed(job, follower, _fit)
+    try:
+        if not job.config.workers:
+            _followed(job, follower, _here)
+        else:
+            with connect(job.config.cluster):
+                _followed(job, follower, fit)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise UserError(
+            f"no room in {job.folder}: checkpoints are kept, free some space and give the same command again"
+        ) from error
     refused = job.folder / REFUSED
     if refused.exists():
         raise UserError(refused.read_text())
@@ -150,6 +156,8 @@ def _followed(job: "Job", follower: Follower, work: Callable[["Job"], None]) -> 
         except BaseException as error:  # noqa: BLE001 carried to the main thread and raised there
             failed.append(error)
 
+    if threading.current_thread() is threading.main_thread():  # a scheduler's SIGTERM is taken as Ctrl-C, here only
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     thread = threading.Thread(target=body, name="training")
     thread.start()
     stopped = False
@@ -171,7 +179,7 @@ def _followed(job: "Job", follower: Follower, work: Callable[["Job"], None]) -> 
 def _here(job: "Job") -> None:
     """The same loop in this process, without Ray."""
     from pipelines.feed import local_batches
-    from pipelines.loop import Diverged, Loop, read_skipped
+    from pipelines.loop import Diverged, Loop
     from pipelines.stages import build
     from pipelines.zero import PlainEngine
 
@@ -186,81 +194,3 @@ def _here(job: "Job") -> None:
                 raise
             continue
         return
-
-
-def starting_step(job: "Job") -> int:
-    """Decides which checkpoint this start goes on from, and tells of damaged ones."""
-    from pipelines.loop import Journal
-
-    found, damaged = Checkpoints(job.folder, job.config.keep).choose()
-    for sentence in damaged:
-        Journal(job.folder).event(sentence)
-    return found[1]["step"] if found else 0
-
-
-def _remaining(job: "Job") -> Callable[[], "ray.data.Dataset"]:
-    """Ray Train's controller calls this at every start of the workers: only what is left is streamed."""
-
-    def make() -> "ray.data.Dataset":
-        from pipelines.feed import stream
-        from pipelines.loop import read_skipped
-
-        return stream(job.source, job.schedule(tuple(read_skipped(job.folder))), starting_step(job))
-
-    return make
-
-
-def _fit(job: "Job") -> None:
-    import ray.train
-    from ray.data import ExecutionOptions
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-
-    config = job.config
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    many: int | tuple[int, int] = (config.min_workers, config.workers) if config.min_workers else config.workers
-    TorchTrainer(
-        _worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if config.gpu else "gloo", timeout_s=int(HANG_S)),
-        scaling_config=ScalingConfig(
-            num_workers=many, use_gpu=config.gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if config.gpu else {})}
-        ),
-        run_config=RunConfig(
-            name="ray-train",
-            storage_path=str(job.folder),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-        ),
-        dataset_config=ray.train.DataConfig(
-            execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False
-        ),
-        datasets={"train": _remaining(job)},
-    ).fit()
-
-
-def _worker(arguments: dict[str, Any]) -> None:
-    """What each of Ray Train's workers runs."""
-    job: Job = arguments["job"]
-    os.environ["DS_ACCELERATOR"] = "cuda" if job.config.gpu else "cpu"
-    import ray.train
-    import torch
-
-    from pipelines.loop import Loop
-    from pipelines.stages import build
-    from pipelines.zero import ZeroEngine
-
-    context = ray.train.get_context()
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)  # Ray sets them for several workers; DeepSpeed wants them for one too
-    if not job.config.gpu:
-        torch.set_num_threads(1)
-    found = Checkpoints(job.folder, job.config.keep).chosen()
-    try:
-        engine = ZeroEngine(build(job), job.config, job.folder, found[1] if found else None)
-        shard = ray.train.get_dataset_shard("train")
-        batches = iter(shard.iter_batches(batch_size=job.config.micro_batch, batch_format="numpy", prefetch_batches=2))
-        Loop(job, engine, batches, lambda: ray.train.get_preemption_info() is not None).run()
-    except (UserError, ModelError) as error:
-        if context.get_world_rank() == 0:  # trying again would not help: say it to the driver, and end
-            (job.folder / REFUSED).write_text(str(error))

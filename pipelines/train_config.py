@@ -72,9 +72,17 @@ class KeepConfig:
     """Also each one whose step is a multiple of this; 0 for none."""
     best: bool = False
     """Also the one with the lowest loss (mean over the steps since the checkpoint before)."""
+    to: str | None = None
+    """Where: `s3://bucket/prefix` (`?endpoint_override=host:port&scheme=http`), `gs://`, a shared folder; None is the
+    training's own folder."""
+    background: bool = True
+    """Steps go on while a copy of the state is written; off, they wait."""
 
     def __post_init__(self) -> None:
         within("--keep.last", self.last, 2, 1_000_000)
+        within("--keep.every", self.every, 0, 1e9)
+        if self.to is not None and "://" not in self.to:  # workers stand in other folders
+            object.__setattr__(self, "to", str(Path(self.to).expanduser().resolve()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +129,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes in bfloat16 and keeps weights, sums and optimizer states in fp32."""
     offload: bool = False
-    """Keep optimizer states in host memory (on GPUs)."""
+    """Keep optimizer states, and with --zero 3 the parameters, in host memory (on GPUs)."""
     workers: int = 2
     """Training processes; 0 runs the same steps in this process, without Ray."""
     min_workers: int | None = None
@@ -138,8 +146,12 @@ class TrainConfig:
     """Steps between progress lines and tracked metrics."""
     max_failures: int = 3
     """Worker losses that one command survives."""
+    hang_s: float = 300.0
+    """Workers that wait for each other longer than this are taken as hung and started again."""
     skip_budget: int = 20
-    """Steps with non-finite loss or gradients that may be skipped; past it, back to a checkpoint, around them."""
+    """Steps that may be left out (not finite, or spikes); past it, back to a checkpoint before them, around them."""
+    spike_factor: float = 0.0
+    """Leave out steps whose loss or gradient norm is this many times the median of the last 64; 0 takes them all."""
     seed: int = 0
     """Order of samples, initial weights and every random draw follow from it."""
     dry_run: bool = False
@@ -161,6 +173,9 @@ class TrainConfig:
         within("--micro-batch", self.micro_batch, 1, self.batch)
         within("--checkpoint-every", self.checkpoint_every, 1, 1e9)
         within("--log-every", self.log_every, 1, 1e9)
+        within("--hang-s", self.hang_s, 1, 1e6)
+        within("--skip-budget", self.skip_budget, 0, 1e9)
+        within("--spike-factor", self.spike_factor or 2, 1, 1e9)
         within("--few-steps", self.few_steps, 1, self.teacher_steps - 1)
         if self.stage not in STAGES:
             raise UserError(f"--stage is {self.stage!r}: it must be one of {', '.join(STAGES)}")
@@ -171,6 +186,8 @@ class TrainConfig:
                     f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch} x {workers} workers: "
                     f"change one of them, for example --batch {-(-self.batch // unit) * unit}"
                 )
+        if self.zero == 0 and self.offload:
+            raise UserError("--offload has nothing to move with --zero 0: use --zero 1, 2 or 3")
         if self.zero == 0 and self.precision == "bf16":
             raise UserError("--zero 0 with --precision bf16 trains wrongly in DeepSpeed 0.19: use --zero 1")
         if self.zero == 3 and self.optimizer.ema_decay:

@@ -6,16 +6,18 @@ Both have the same door (`Engine`), so the loop, its tests and a debugger run th
 import argparse
 import contextlib
 import logging
+import math
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from infra.config import UserError
@@ -46,12 +48,16 @@ class Engine(ABC):
         """Metrics of one micro-batch; its gradients are added up until `step`."""
 
     @abstractmethod
-    def step(self, lr: float) -> float:
-        """One optimizer step; the gradients' norm over all workers, not finite when the step was left out."""
+    def step(self, lr: float, limit: float = math.inf) -> float:
+        """One optimizer step, unless the gradients are not finite or their norm is above the limit.
+
+        Returns:
+            Their norm over all workers, not finite when they are not.
+        """
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes this rank's share of the state into a folder that all ranks share."""
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of this rank's share of the state in host memory: name of a file -> what belongs into it."""
 
     @abstractmethod
     def load(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -67,18 +73,24 @@ class Engine(ABC):
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that leaves a step out when gradients are not finite, and says so in `overflow` as ZeRO's optimizers do."""
+    """AdamW that leaves a step out when gradients are not finite, and says so in `overflow` as ZeRO's optimizers do.
 
-    overflow = False
+    Attributes:
+        limit: a step whose norm is larger is left out too.
+        norm: tells the gradients' norm over all workers, which no partition knows.
+    """
+
+    limit = math.inf
+    norm: Callable[[], Any] = staticmethod(lambda: 0.0)
 
     @override
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """The step, unless a gradient is not finite."""
+        """The step, unless a gradient is not finite or the norm is too large."""
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         total = torch.stack([g.float().sum() for g in grads]).sum() if grads else torch.zeros(())
         self.overflow = not bool(torch.isfinite(total))
-        return None if self.overflow else super().step(closure)
+        return None if self.overflow or float(self.norm() or 0.0) > self.limit else super().step(closure)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -118,19 +130,22 @@ class PlainEngine(Engine):
         return metrics
 
     @override
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, limit: float = math.inf) -> float:
         """See Engine."""
         set_lr(self.optimizer, lr)
-        limit = self.config.optimizer.clip_norm or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        self.optimizer.step()
+        most = self.config.optimizer.clip_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), most))
+        if norm <= limit:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
     @override
-    def save(self, folder: Path) -> None:
+    def snapshot(self) -> dict[str, Any]:
         """See Engine."""
-        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, folder / PLAIN_FILE)
+        return in_host_memory(
+            {PLAIN_FILE: {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}}
+        )
 
     @override
     def load(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -173,11 +188,13 @@ class ZeroEngine(Engine):
         )
         settings = deepspeed_settings(config, self.world, self.universal)
         self._deepspeed = deepspeed
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=make_optimizer(model, config.optimizer), config=settings
-        )
+        self._guard = make_optimizer(model, config.optimizer)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self._guard, config=settings)
         self.model: nn.Module = self._engine.module
         self.device = str(self._engine.device)
+        self._taken: dict[str, Any] = {}
+        self._engine.checkpoint_engine.save = self._take  # what DeepSpeed would write here and now
+        self._engine.checkpoint_engine.makedirs = self._engine._copy_recovery_script = _nothing
 
     @override
     def forward_backward(self, batch: Batch) -> Losses:
@@ -189,10 +206,12 @@ class ZeroEngine(Engine):
         return metrics
 
     @override
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, limit: float = math.inf) -> float:
         """See Engine."""
         set_lr(self._optimizer, lr)
         norm = self._norm_without_zero() if self.config.zero == 0 else None
+        self._guard.limit = limit
+        self._guard.norm = lambda: norm if self.config.zero == 0 else self._optimizer._global_grad_norm
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
@@ -204,13 +223,14 @@ class ZeroEngine(Engine):
         return float(torch.stack(grads).norm())
 
     @override
-    def save(self, folder: Path) -> None:
-        """See Engine."""
-        (folder / TAG).mkdir(exist_ok=True)  # DeepSpeed makes it on rank 0 only
-        dist.barrier()
-        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=self.rank == 0)
-        if self.rank == 0:
-            torch.save(self._buffers(), folder / BUFFERS_FILE)
+    def snapshot(self) -> dict[str, Any]:
+        """See Engine. A collective."""
+        self._taken = {BUFFERS_FILE: in_host_memory(self._buffers())} if self.rank == 0 else {}
+        self._engine.save_checkpoint(".", tag=TAG, client_state={}, save_latest=False)
+        return self._taken
+
+    def _take(self, state_dict: Mapping[str, Any], path: str) -> None:
+        self._taken[os.path.normpath(path)] = in_host_memory(state_dict)
 
     @override
     def load(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -280,7 +300,8 @@ def deepspeed_settings(config: TrainConfig, world: int, universal: bool) -> dict
     if config.zero == 3:
         zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_prefetch_bucket_size": 10_000_000}
     if config.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.gpu}
+        there = {"device": "cpu", "pin_memory": config.gpu}
+        zero |= {"offload_optimizer": there} | ({"offload_param": there} if config.zero == 3 else {})
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": config.batch // config.micro_batch // world,
@@ -325,6 +346,19 @@ def to_universal(source: Path, target: Path) -> None:
     )
     for name in ("latest", "latest_universal"):
         (target / name).write_text(TAG)
+
+
+def in_host_memory(state: Any) -> Any:
+    """A copy of nested dictionaries and lists, with tensors that nobody else changes."""
+    return tree_map_only(Tensor, _copied, state)
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In the place of what DeepSpeed does to folders."""
 
 
 def set_lr(optimizer: Any, lr: float) -> None:

@@ -4,11 +4,15 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
+import signal
 import socket
+import time
 from dataclasses import replace
 
 from pipelines.checkpoints import Checkpoints
 from pipelines.presets import tiny_world
+from pipelines.stages import plan_job
 from pipelines.train_config import FeedConfig, OptimizerConfig, TrainConfig
 
 FEED = FeedConfig(windows_per_clip=2, clips_per_group=3)
@@ -34,19 +38,52 @@ class Until(RuntimeError):
 
 def run_ranks(work, world=2):
     """Each (configuration, step to die in or None) in turn, in `world` processes; raises what a rank raises."""
+    ranks, said = _started(work, world)
+    for process in ranks:
+        process.join(600)
+        process.kill()
+    faults = [said.get() for _ in iter(said.empty, True)]
+    assert not faults and all(p.exitcode == 0 for p in ranks), faults or [p.exitcode for p in ranks]
+
+
+def _started(work, world):
+    """Processes that have imported what they need: they come from a server that has."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "pipelines.loop", "pipelines.train", "pipelines.zero"])
     said = context.SimpleQueue()
     ranks = [context.Process(target=_rank, args=(rank, world, port, work, said)) for rank in range(world)]
     for process in ranks:
         process.start()
-    for process in ranks:
-        process.join(300)
-        process.kill()
-    faults = [said.get() for _ in iter(said.empty, True)]
-    assert not faults and all(p.exitcode == 0 for p in ranks), faults or [p.exitcode for p in ranks]
+    return ranks, said
+
+
+def killed(settings, seed, lives=2, world=2):
+    """A training whose processes are killed with SIGKILL at random moments, one first or all at once; then goes on.
+
+    Returns the steps from which it went on.
+    """
+    rng = random.Random(seed)
+    journal = plan_job(settings).folder / "progress.jsonl"
+    for step in sorted(rng.sample(range(1, settings.steps), lives)):
+        ranks, _ = _started([(settings, None)], world)
+        until = time.monotonic() + 300
+        while not (journal.exists() and f'"step": {step},' in journal.read_text()):
+            assert time.monotonic() < until and all(process.is_alive() for process in ranks)
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        victims = rng.choice([ranks, [rng.choice(ranks)]])
+        for process in victims:
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(rng.uniform(0, 0.5))  # then the others are ended, as Ray Train does
+        for process in ranks:
+            process.kill()
+            process.join()
+    run_ranks([(settings, None)], world)
+    return [line["at"] for line in map(json.loads, journal.read_text().splitlines()) if "pid" in line]
 
 
 def _dying(batches, until, step, per_step):
@@ -74,7 +111,7 @@ def _rank(rank, world, port, work, said):
 
     from pipelines.feed import local_batches
     from pipelines.loop import Loop
-    from pipelines.stages import build, plan_job
+    from pipelines.stages import build
     from pipelines.train import starting_step
     from pipelines.zero import ZeroEngine
 

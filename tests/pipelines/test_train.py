@@ -16,9 +16,9 @@ from infra.tracking import NOTE_TAG
 from models.checkpoint import load_model
 from models.config import SamplerConfig
 from models.world import World
-from pipelines.checkpoints import Checkpoints
 from pipelines.feed import local_batches
 from pipelines.loop import Diverged, Loop, learning_rate
+from pipelines.spikes import FEWEST, SPAN, Watch, read_skipped, write_skipped
 from pipelines.stages import build, estimate, plan_job
 from pipelines.train import Interrupted, starting_step, train
 from pipelines.train_config import KeepConfig, OptimizerConfig, TrainConfig
@@ -146,6 +146,7 @@ def test_a_stop_ends_with_a_checkpoint_and_the_same_command_continues(place):
     settings = config(place, name="stopped", checkpoint_every=100)
     job = plan_job(settings)
     job.folder.mkdir(parents=True)
+    (job.folder / "checkpoints").mkdir()
     (job.folder / "stop").touch()
     outcome = Loop(job, PlainEngine(build(job), settings), local_batches(job.source, job.schedule(), 0)).run()
     assert (outcome.step, outcome.finished) == (1, False)
@@ -155,22 +156,23 @@ def test_a_stop_ends_with_a_checkpoint_and_the_same_command_continues(place):
 
 
 class Poisoned(PlainEngine):
-    """Gradients turn to NaN on the batches that hold some samples, as a bad clip would do."""
+    """Gradients turn to NaN, or grow, on the batches that hold some samples, as a bad clip would do."""
 
-    bad = (16, 40)
+    bad, factor = (), math.nan
 
-    def step(self, lr):
+    def step(self, lr, limit=math.inf):
         if self.first in self.bad:
-            next(self.model.parameters()).grad.fill_(math.nan)
-        return super().step(lr)
+            for parameter in self.model.parameters():
+                parameter.grad.mul_(self.factor)
+        return super().step(lr, limit)
 
 
-def poisoned_run(settings, bad, skipped=()):
+def poisoned_run(settings, bad, factor=math.nan):
     job = plan_job(settings)
     job.folder.mkdir(parents=True, exist_ok=True)
-    step = starting_step(job)
+    step, skipped = starting_step(job), tuple(read_skipped(job.folder))
     engine = Poisoned(build(job), settings)
-    engine.bad = bad
+    engine.bad, engine.factor = bad, factor
 
     def batches():
         for n, batch in enumerate(local_batches(job.source, job.schedule(skipped), step)):
@@ -189,15 +191,61 @@ def test_a_step_that_is_not_finite_is_left_out_and_named(place):
     assert losses(job.folder, "left_out")[6] == 1
 
 
-def test_past_the_budget_it_rolls_back_around_the_bad_batches(place):
-    settings = config(place, name="rolled", skip_budget=1, checkpoint_every=2)
-    job, _, loop = poisoned_run(settings, bad=(16, 32))
-    with pytest.raises(Diverged, match="2 steps were not finite, the budget is 1"):
+@pytest.mark.parametrize("factor", [math.nan, 1e4])
+def test_past_the_budget_it_rolls_back_to_before_the_first_and_goes_around_them(place, factor):
+    """As if the bad batches had never been in the order of samples, bit by bit."""
+    first, last = (2, 8) if math.isnan(factor) else (17, 23)
+    changes = {
+        "steps": last + 4,
+        "skip_budget": 1,
+        "spike_factor": 0 if math.isnan(factor) else 20,
+        "keep": KeepConfig(),
+    }
+    settings = config(place, name="rolled", **changes)
+    bad = (first * 8, last * 8)
+    job, _, loop = poisoned_run(settings, bad, factor)
+    with pytest.raises(Diverged, match="2 steps were left out, the budget is 1"):
         loop.run()
-    assert json.loads((job.folder / "skipped.json").read_text()) == [2, 4]
-    job, _, loop = poisoned_run(settings, bad=(16, 32), skipped=(2, 4))
+    assert json.loads((job.folder / "skipped.json").read_text()) == [first, last]
+    said = (job.folder / "progress.jsonl").read_text()
+    assert f"rolling back before step {first}, around 2 batches: [{first}, {last}]" in said
+    assert ("gradient norm" in said) == (factor == 1e4)
+    job, _, loop = poisoned_run(settings, bad, factor)
+    assert loop.checkpoints.chosen()[1]["step"] == first - first % 2
     loop.run()
-    assert losses(job.folder, "left_out")[6] == 0
+    assert losses(job.folder, "left_out")[last + 4] == 0
+    clean = plan_job(replace(settings, name="clean"))
+    clean.folder.mkdir(parents=True)
+    write_skipped(clean.folder, [first, last])
+    train(replace(settings, name="clean"))
+    assert losses(job.folder) == losses(clean.folder)
+
+
+def test_what_was_left_out_is_remembered_by_a_restart(place):
+    settings = config(place, name="again", steps=10, skip_budget=1)
+    _, _, loop = poisoned_run(settings, bad=(16,))
+    feed = loop.batches
+    loop.batches = (batch for n, batch in enumerate(feed) if n < 12)
+    with pytest.raises(StopIteration):
+        loop.run()
+    _, _, loop = poisoned_run(settings, bad=(64,))
+    with pytest.raises(Diverged):
+        loop.run()
+
+
+def test_a_loss_far_above_the_median_is_a_spike_once_enough_are_known():
+    watch = Watch(3.0)
+    for n in range(FEWEST):
+        assert watch.limit("loss") == math.inf
+        watch.add(1.0 + n % 2 / 10, 2.0)
+    assert (watch.limit("loss"), watch.limit("norm")) == (pytest.approx(3.15), 6.0)
+    assert watch.reason(4.0, 1.0) == "spiked (loss 4, the median of the steps before is 1.05)"
+    assert watch.reason(1.0, 7.0) == "spiked (gradient norm 7, the median of the steps before is 2)"
+    assert watch.reason(1.0, math.inf) == "was not finite"
+    for _ in range(200):
+        watch.add(5.0, 5.0)
+    assert len(watch.seen["loss"]) == SPAN and watch.limit("loss") == 15.0
+    assert Watch(0.0).limit("loss") == math.inf
 
 
 def test_the_average_of_the_weights_is_published_and_survives_a_restart(place):
@@ -231,29 +279,6 @@ def test_rates_stay_in_bounds_rise_in_the_warm_up_and_end_low(schedule, steps, w
     assert all(a >= b - 1e-9 for a, b in pairwise(falling))
     if schedule == "wsd" and share > 0 and warmup < steps:
         assert rates[-1] == pytest.approx(low, abs=1e-6)
-
-
-def test_checkpoints_are_kept_by_policy(tmp_path):
-    kept = Checkpoints(tmp_path, KeepConfig(last=2, every=40, best=True))
-    for step, loss in zip(range(10, 100, 10), [9, 8, 1, 7, 6, 5, 4, 3, 2], strict=True):
-        (kept.draft(step) / "part").write_text(str(step))
-        kept.commit(kept.draft(step), {"step": step, "loss": loss})
-    names = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
-    assert names == [f"step-{step:09d}" for step in (30, 40, 80, 90)]
-
-
-def test_half_written_checkpoints_are_no_checkpoints(tmp_path):
-    kept = Checkpoints(tmp_path, KeepConfig())
-    (kept.draft(10) / "part").write_text("whole")
-    kept.commit(kept.draft(10), {"step": 10, "loss": 1.0})
-    (kept.draft(20) / "part").write_text("ha")
-    found, damaged = kept.choose()
-    assert found[1]["step"] == 10 and not damaged
-    assert not list((tmp_path / "checkpoints").glob(".draft-*"))
-    (found[0] / "manifest.json").write_text('{"step"')
-    found, damaged = kept.choose()
-    assert found is None and len(damaged) == 1
-    assert kept.chosen() is None
 
 
 def test_parameters_are_counted_without_building(place):

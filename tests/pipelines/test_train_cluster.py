@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from pipelines.checkpoints import Checkpoints
 from pipelines.stages import plan_job
 from pipelines.train import Interrupted, train
+from pipelines.train_config import KeepConfig
 from tests.pipelines.ranks import config, losses, run_ranks
 
 
@@ -58,30 +60,109 @@ def test_a_killed_worker_changes_nothing(place, ray_cluster, caplog):
 
 
 DRIVER = """
-import sys
-from dataclasses import replace
+import json, sys
 from infra.config import Home
 from pipelines.train import train
 from tests.pipelines.ranks import config
-train(config(Home(sys.argv[1]), name="driven", workers=2, steps=40, checkpoint_every=4, stage=sys.argv[2]))
+train(config(Home(sys.argv[1]), **json.loads(sys.argv[2])))
 """
+FEW = {"name": "driven", "workers": 2, "steps": 40, "checkpoint_every": 4}
+
+
+def driver(place, changes):
+    """The training in a process of its own, in a session of its own as a terminal's would be."""
+    words = [sys.executable, "-c", DRIVER, str(place.path), json.dumps(changes)]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def still_equal(settings):
+    """Whether a training that went through something has the losses of two processes that went through nothing."""
+    still = replace(settings, name="still")
+    run_ranks([(still, None)])
+    return losses(plan_job(settings).folder) == losses(plan_job(still).folder)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("stage", ["tokenizer", "world"])
-def test_a_killed_driver_goes_on_by_the_same_command(place, stage):
-    settings = config(place, name="driven", workers=2, steps=40, checkpoint_every=4, stage=stage)
+def test_a_driver_killed_at_random_steps_goes_on_by_the_same_command(place, stage, seed):
+    """And a worker in its second life."""
+    rng = random.Random(f"{stage} {seed}")
+    changes = {**FEW, "stage": stage, "zero": 1 + seed % 3, "seed": seed}
+    settings = config(place, **changes)
     job = plan_job(settings)
-    for step in (6, 19):
-        driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(place.path), stage])
-        when(job, step, driver.kill)
-        assert driver.wait(300) == -signal.SIGKILL
+    first, second, third = sorted(rng.sample(range(1, 40), 3))
+    for step in (first, third):
+        process = driver(place, changes)
+        when(job, step, process.kill)
+        if step == third:
+            when(job, second, lambda: kill_worker(job))
+        assert process.wait(300) == -signal.SIGKILL
     train(settings)
     starts = [line["at"] for line in journal(job) if "pid" in line]
-    assert starts[0] == 0 < starts[1] < starts[2]
-    still = replace(settings, name="still")
-    run_ranks([(still, None)])
-    assert losses(job.folder) == losses(plan_job(still).folder)
+    assert starts[0] == 0 and len(starts) >= 3
+    assert still_equal(settings)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(place, ending):
+    """To the whole group, as a terminal sends it; SIGTERM to the driver, as a scheduler does."""
+    changes = {**FEW, "steps": 400, "checkpoint_every": 1000}
+    settings = config(place, **changes)
+    job = plan_job(settings)
+    process = driver(place, changes)
+    when(job, 3, lambda: (os.killpg if ending == signal.SIGINT else os.kill)(process.pid, ending))
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "with a checkpoint: the same command continues it" in said.splitlines()[-1]
+    (_, manifest), _ = Checkpoints(job.folder, settings.keep).choose()
+    assert 3 <= manifest["step"] < 400
+    assert f"training stopped at step {manifest['step']} " in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_worker_that_hangs_is_noticed_and_started_again(place, ray_cluster, zero):
+    settings = config(place, **{**FEW, "name": f"hung{zero}", "zero": zero, "hang_s": 15.0})
+    job = plan_job(settings)
+    stopped = []
+
+    def stop():
+        stopped.append(time.time())
+        os.kill([line["pid"] for line in journal(job) if "pid" in line][-1], signal.SIGSTOP)
+
+    when(job, 6, stop)
+    train(settings)
+    began = [line["time_s"] for line in journal(job) if "pid" in line]
+    assert len(began) == 2 and 15 < began[1] - stopped[0] < 120
+    assert still_equal(settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_checkpoints_in_a_bucket_carry_killed_workers_on(place, ray_cluster, bucket, zero):
+    uri, options = bucket
+    settings = config(place, **{**FEW, "zero": zero, "keep": KeepConfig(to=f"{uri}/runs{options}")})
+    job = plan_job(settings)
+    when(job, 10, lambda: kill_worker(job))
+    train(settings)
+    starts = [line["at"] for line in journal(job) if "pid" in line]
+    assert len(starts) == 2 and starts[1] >= 4
+    assert not (job.folder / "checkpoints").exists()
+    assert still_equal(replace(settings, keep=KeepConfig()))
+
+
+@pytest.mark.slow
+def test_workers_without_enough_memory_are_one_sentence(place, monkeypatch):
+    """Ray's own watch over memory, told to end them at once."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    changes = {**FEW, "name": "heavy", "steps": 4000, "max_failures": 1}
+    process = driver(place, changes)
+    _, said = process.communicate(timeout=400)
+    assert process.returncode == 1
+    assert "training failed more than --max-failures 1 times" in said.splitlines()[-1]
+    assert "lower --micro-batch, raise --zero, or give the workers more memory" in said.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -1,0 +1,149 @@
+"""A training's workers on Ray Train: how many, what each runs, when they start again, what is said when they don't."""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.config import UserError
+from models.config import ModelError
+from pipelines.checkpoints import Checkpoints, is_full
+from pipelines.spikes import read_skipped
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from pipelines.stages import Job
+
+REFUSED = "refused.txt"
+SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2"}
+"""Of Ray Train: a minute by default until it looks again how many workers there is room for, and five seconds."""
+
+
+def starting_step(job: "Job") -> int:
+    """Decides which checkpoint this start goes on from, and tells of damaged ones."""
+    from pipelines.loop import Journal
+
+    found, damaged = Checkpoints(job.folder, job.config.keep).choose()
+    for sentence in damaged:
+        Journal(job.folder).event(sentence)
+    return found[1]["step"] if found else 0
+
+
+def _remaining(job: "Job") -> Callable[[], "ray.data.Dataset"]:
+    """Ray Train's controller calls this at every start of the workers: only what is left is streamed."""
+
+    def make() -> "ray.data.Dataset":
+        from pipelines.feed import stream
+
+        return stream(job.source, job.schedule(tuple(read_skipped(job.folder))), starting_step(job))
+
+    return make
+
+
+def fit(job: "Job") -> None:
+    """Runs the loop in Ray Train's workers until it ends.
+
+    Raises:
+        UserError: it failed more often than the limit allows.
+    """
+    import ray.train
+    from ray.data import ExecutionOptions
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from pipelines.elastic import Trainer
+
+    config = job.config
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    many: int | tuple[int, int] = (config.min_workers, config.workers) if config.min_workers else config.workers
+    trainer = Trainer(
+        _worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if config.gpu else "gloo", timeout_s=int(config.hang_s)),
+        scaling_config=ScalingConfig(
+            num_workers=many, use_gpu=config.gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if config.gpu else {})}
+        ),
+        run_config=RunConfig(
+            name="ray-train",
+            storage_path=str(job.folder),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+        dataset_config=ray.train.DataConfig(
+            execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False
+        ),
+        datasets={"train": _remaining(job)},
+    )
+    trainer.shares = config.batch // config.micro_batch
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        if not (job.folder / REFUSED).exists():
+            raise sentence(job, error) from error
+
+
+def sentence(job: "Job", error: Exception) -> UserError:
+    """What a training that can't go on says."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    causes = [getattr(failure, "cause", None) or failure for failure in failures]
+    for cause in causes:
+        if isinstance(cause, UserError):
+            return cause
+    said = "; ".join(
+        dict.fromkeys(f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1][:200]}" for cause in causes)
+    )
+    hint = "give the same command again"
+    if any(is_full(cause) or "No space left" in str(cause) for cause in causes):
+        hint = "free some space and give the same command again"
+    elif any("memory" in str(cause) for cause in causes):
+        hint = "lower --micro-batch, raise --zero, or give the workers more memory; the same command continues"
+    return UserError(
+        f"training failed more than --max-failures {job.config.max_failures} times, the last time with {said}: "
+        f"checkpoints are kept in {job.folder}; {hint}"
+    )
+
+
+def _time_left() -> float | None:
+    """Seconds until a node of a worker is taken away, if Ray was told so. A barrier of the workers."""
+    import ray.train
+
+    info = ray.train.get_preemption_info()
+    if info is None:
+        return None
+    return info.deadline_ms / 1000 - time.time() if info.deadline_ms else math.inf
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """What each of Ray Train's workers runs."""
+    job: Job = arguments["job"]
+    os.environ["DS_ACCELERATOR"] = "cuda" if job.config.gpu else "cpu"
+    import ray.train
+    import torch
+
+    from pipelines.loop import Loop
+    from pipelines.stages import build
+    from pipelines.zero import ZeroEngine
+
+    refused: Path = job.folder / REFUSED
+    if refused.exists():  # said by a worker of the start before
+        return
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)  # Ray sets them for several workers; DeepSpeed wants them for one too
+    if not job.config.gpu:
+        torch.set_num_threads(1)
+    found = Checkpoints(job.folder, job.config.keep).chosen()
+    try:
+        engine = ZeroEngine(build(job), job.config, job.folder, found[1] if found else None)
+        shard = ray.train.get_dataset_shard("train")
+        batches = iter(shard.iter_batches(batch_size=job.config.micro_batch, batch_format="numpy", prefetch_batches=2))
+        Loop(job, engine, batches, _time_left).run()
+    except (UserError, ModelError) as error:  # trying again would not help: say it to the driver, and end with the rest
+        refused.write_text(str(error))
+        raise
