@@ -114,6 +114,8 @@ class TrackingConfig:
     """Tracking server; None is the embedded SQLite store of the home."""
     experiment: str = "lampworks"
     """MLflow experiment that the runs go under."""
+    parent: str | None = None
+    """Key of the run that this one is shown under; a sweep sets it for its trials."""
 
 
 def to_dict(value: Any) -> Any:

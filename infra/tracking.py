@@ -20,11 +20,14 @@ from infra.config import Home, TrackingConfig
 from infra.registry import connect, experiment_id, register
 
 if TYPE_CHECKING:
+    import mlflow.entities
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
+OUTBOX, STATE = "tracking.jsonl", "tracking.json"
 KEY_TAG = "lampworks.key"
+PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
 NOTE_LIMIT = 4500
 """MLflow keeps 5000 characters of a tag value on every store."""
@@ -54,10 +57,8 @@ class Run:
         self.config, self.home, self.name, self.key, self.folder = config, home, name, key, folder
         self.uri = config.uri or home.tracking_uri
         folder.mkdir(parents=True, exist_ok=True)
-        self._outbox, self._state_file = folder / "tracking.jsonl", folder / "tracking.json"
-        state = json.loads(self._state_file.read_text()) if self._state_file.exists() else {}
-        self.run_id: str | None = state.get("run_id")
-        self._sent_bytes: int = state.get("sent_bytes", 0)
+        self._outbox, self._state_file = folder / OUTBOX, folder / STATE
+        self.run_id, self._sent_bytes = _sent(folder)
         self._said: dict[str, int] = self._recorded_steps()
         self._events: list[str] = self._recorded_events()
         self._client: MlflowClient | None = None
@@ -96,9 +97,10 @@ class Run:
             del self._events[1]
         self._put({"kind": "tags", "values": {NOTE_TAG: "\n".join(self._events)}})
 
-    def close(self, status: str = "FINISHED") -> None:
+    def close(self, status: str | None = "FINISHED") -> None:
         """Sends what is left and ends the run (FINISHED, FAILED or KILLED). What can't be sent stays in the outbox."""
-        self._put({"kind": "status", "value": status})
+        if status is not None:
+            self._put({"kind": "status", "value": status})
         self._closed.set()
         self._thread.join()
         self._retry_at = 0.0
@@ -214,8 +216,9 @@ class Run:
         client = connect(self.uri)
         experiment = experiment_id(client, self.config, self.home)
         if self.run_id is None:
-            found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{self.key}'", max_results=1)
-            tags = {KEY_TAG: self.key}
+            found = _find(client, experiment, self.key)
+            above = _find(client, experiment, self.config.parent) if self.config.parent else []
+            tags = {KEY_TAG: self.key} | ({PARENT_TAG: above[0].info.run_id} if above else {})
             run = found[0] if found else client.create_run(experiment, run_name=self.name, tags=tags)
             self.run_id = run.info.run_id
             self._save_state()
@@ -227,6 +230,13 @@ class Run:
         temporary = self._state_file.with_suffix(".tmp")
         temporary.write_text(json.dumps({"run_id": self.run_id, "sent_bytes": self._sent_bytes}))
         temporary.replace(self._state_file)
+
+
+def send_rest(config: TrackingConfig, home: Home, *, name: str, key: str, folder: Path) -> None:
+    """Sends what an ended run could not send while its server was away; see `Run`."""
+    outbox = folder / OUTBOX
+    if outbox.exists() and outbox.stat().st_size > _sent(folder)[1]:
+        Run(config, home, name=name, key=key, folder=folder).close(None)
 
 
 class Machine:
@@ -263,7 +273,7 @@ def history(config: TrackingConfig, home: Home, key: str) -> dict[str, list[tupl
         experiment = client.get_experiment_by_name(config.experiment)
         if experiment is None:
             return {}
-        runs = client.search_runs([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        runs = _find(client, experiment.experiment_id, key)
         return {
             name: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
             for run in runs
@@ -272,6 +282,11 @@ def history(config: TrackingConfig, home: Home, key: str) -> dict[str, list[tupl
     except MlflowException as error:
         log.warning("tracking: no curves from %s (%s)", config.uri, str(error).split("\n")[0][:120])
         return {}
+
+
+def _find(client: "MlflowClient", experiment: str, key: str) -> "list[mlflow.entities.Run]":
+    """The run with a key, if there is one."""
+    return client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -283,6 +298,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _sent(folder: Path) -> tuple[str | None, int]:
+    """The run's id, if a server has given it one, and how much of the outbox it took."""
+    path = folder / STATE
+    state = json.loads(path.read_text()) if path.exists() else {}
+    return state.get("run_id"), state.get("sent_bytes", 0)
 
 
 def _parse(line: str | bytes) -> dict[str, Any] | None:

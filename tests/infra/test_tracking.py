@@ -1,4 +1,5 @@
 import json
+import time
 
 import numpy as np
 import pytest
@@ -92,3 +93,24 @@ def test_a_long_timeline_keeps_its_beginning_and_its_end(tracked_home):
 
 def test_flatten_names_nested_values():
     assert flatten({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
+
+
+def test_a_run_says_what_its_machine_is_busy_with_and_counts_on_after_a_restart(tracked_home):
+    name = "system/cpu_utilization_percentage"
+    client = MlflowClient(tracked_home.tracking_uri)
+    for least in (1, 2):
+        run = open_run(tracked_home, send_every_s=0.05, sample_every_s=0.05)
+        run.metrics(least, {"loss": 1.0})
+        until = time.monotonic() + 60
+        while not (run.run_id and len(points(client, run, name)) > least) and time.monotonic() < until:
+            time.sleep(0.1)
+        run.close()
+    steps = [step for step, _ in points(client, run, name)]
+    assert steps == sorted(set(steps)) and len(steps) > 2
+    assert all(0 <= value <= 100 for _, value in points(client, run, name))
+    assert points(client, run, "system/system_memory_usage_megabytes")[-1][1] > 10
+    assert [step for step, _ in points(client, run, "loss")] == [1, 2]
+
+
+def points(client, run, name):
+    return [(m.step, m.value) for m in client.get_metric_history(run.run_id, name)]
