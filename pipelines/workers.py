@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from pipelines.stages import Job
 
 REFUSED = "refused.txt"
-SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2"}
-"""Of Ray Train: a minute by default until it looks again how many workers there is room for, and five seconds."""
 
 
 def starting_step(job: "Job") -> int:
@@ -59,8 +57,12 @@ def fit(job: "Job") -> None:
     from pipelines.elastic import Trainer
 
     config = job.config
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
+    os.environ |= {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # until it looks again how many workers there is room for
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(config.hang_s),  # Ray Train's own barriers
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(config.hang_s),  # and a worker that others await for its data
+    }
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     many: int | tuple[int, int] = (config.min_workers, config.workers) if config.min_workers else config.workers
@@ -92,7 +94,7 @@ def fit(job: "Job") -> None:
 def sentence(job: "Job", error: Exception) -> UserError:
     """What a training that can't go on says."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
-    causes = [getattr(failure, "cause", None) or failure for failure in failures]
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures]  # Ray wraps what the workers raise
     for cause in causes:
         if isinstance(cause, UserError):
             return cause

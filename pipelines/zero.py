@@ -11,12 +11,14 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
@@ -190,6 +192,8 @@ class ZeroEngine(Engine):
         self._deepspeed = deepspeed
         self._guard = make_optimizer(model, config.optimizer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self._guard, config=settings)
+        # DeepSpeed's groups are its own, with torch's default of half an hour
+        _set_pg_timeout(timedelta(seconds=config.hang_s), deepspeed.utils.groups._clone_world_group())
         self.model: nn.Module = self._engine.module
         self.device = str(self._engine.device)
         self._taken: dict[str, Any] = {}
