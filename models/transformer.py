@@ -24,9 +24,9 @@ class FeedForward(nn.Module):
     def __init__(self, cfg: TransformerConfig, film: bool) -> None:
         super().__init__()
         hidden = int(cfg.width * cfg.ff_ratio)
-        self.norm = nn.LayerNorm(cfg.width, bias=False)
-        self.up = nn.Linear(cfg.width, hidden)
-        self.down = nn.Linear(hidden, cfg.width)
+        self.norm = nn.LayerNorm(cfg.width)  # its bias, through `up`, is the hidden layer's, and costs nothing
+        self.up = nn.Linear(cfg.width, hidden, bias=False)
+        self.down = nn.Linear(hidden, cfg.width, bias=False)
         self.film = nn.Linear(cfg.width, 2 * cfg.width) if film else None
 
     @override
@@ -54,10 +54,10 @@ class Block(nn.Module):
         """A whole window (B, T, N, D); `clock` is (turns, mask)."""
         x = x_BTND
         if self.spatial is not None:
-            x = x + self.spatial(x)
+            x = _added(x, self.spatial(x))
         if self.temporal is not None:
-            x = x + self.temporal(x, *clock)
-        return x + self.feed(x, condition)
+            x = _added(x, self.temporal(x, *clock))
+        return _added(x, self.feed(x, condition))
 
     def cache(self, slots: int, tokens: int, cells: int) -> Cache | None:
         """An empty cache of the temporal attention, if there is one."""
@@ -67,10 +67,10 @@ class Block(nn.Module):
         """One frame per slot (S, N, D), with or without the feed-forward; writes to the cache."""
         x = x_SND
         if self.spatial is not None:
-            x = x + self.spatial(x)
+            x = _added(x, self.spatial(x))
         if self.temporal is not None and cache is not None:
-            x = x + self.temporal.step(x, cache, clock)
-        return x + self.feed(x, condition) if feed else x
+            x = _added(x, self.temporal.step(x, cache, clock))
+        return _added(x, self.feed(x, condition)) if feed else x
 
 
 class Transformer(nn.Module):
@@ -139,7 +139,13 @@ class Transformer(nn.Module):
 
     def finish(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """The last feed-forward and norm of `step`'s features, of any places (..., R, D); condition (..., D)."""
-        return self.norm(x + self._blocks()[-1].feed(x, condition))
+        return self.norm(_added(x, self._blocks()[-1].feed(x, condition)))
+
+
+def _added(x: Tensor, change: Tensor) -> Tensor:
+    """Their sum, in the change's memory where that is alike: new memory costs a CPU more than the sum."""
+    alike = change.dtype == x.dtype and change.is_contiguous()
+    return change.add_(x) if alike else x + change
 
 
 def _initialise(module: nn.Module) -> None:

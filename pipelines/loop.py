@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from infra.memory import keep_freed_memory
 from models.cost import ceiling_flops, memory_bytes
 from models.quantizer import Codebook
 from pipelines.checkpoints import Checkpoints, Writer, at_hand
@@ -171,6 +172,8 @@ class Loop:
         Raises:
             Diverged: too many steps were left out.
         """
+        if self.engine.device == "cpu":
+            keep_freed_memory()
         step = self._resume()
         self.journal.write(pid=os.getpid(), host=socket.gethostname(), world=self.engine.world, at=step)
         self.journal.write(ceiling_flops=ceiling_flops(self.engine.device))

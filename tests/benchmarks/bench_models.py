@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from infra.memory import keep_freed_memory
 from models.attention import SpatialAttention, TemporalAttention
 from models.checkpoint import build_model
 from models.config import CodebookConfig, DynamicsConfig, SamplerConfig, TokenizerConfig, TransformerConfig
@@ -248,6 +249,7 @@ def batching() -> list[tuple[str, float, str]]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training does; it helps either side
     torch.manual_seed(0)
     for part in (cached_against_full, over_matrix_products, linear_in_time, batching):
         for what, ratio, bar in part():
