@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from models.config import TransformerConfig
 
+_NEAR = 2**16  # numbers that stay in a core's nearest caches
 _BASE = 100.0  # of the rotation frequencies: windows are tens of frames, not thousands of words
 
 
@@ -195,8 +196,11 @@ class TemporalAttention(_Heads):
 
 def _cell_by_cell(q_Bd: Tensor, keys_CBd: Tensor, values_CBd: Tensor, hidden_CB: Tensor) -> Tensor:
     """Attention (B, size) to few small cells: torch's products and softmax of so few leave vector units idle."""
-    products = (keys_CBd * q_Bd).flatten(0, 1)
-    share = (products @ products.new_ones(q_Bd.shape[1])).view(hidden_CB.shape).add_(hidden_CB).softmax(0)[..., None]
+    ones, scores = q_Bd.new_ones(q_Bd.shape[1]), q_Bd.new_empty(hidden_CB.shape)
+    cells = 1 if keys_CBd.numel() > _NEAR else len(keys_CBd)
+    for keys, score in zip(keys_CBd.split(cells), scores.split(cells), strict=True):
+        torch.mv((keys * q_Bd).flatten(0, 1), ones, out=score.view(-1))
+    share = scores.add_(hidden_CB).softmax(0)[..., None]
     total = share[0] * values_CBd[0]
     for cell in range(1, len(share)):
         total.addcmul_(share[cell], values_CBd[cell])
