@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray
@@ -37,10 +37,14 @@ CHATTY = ("ray", "ray.data", "ray.serve", "ray.train", "ray.tune")
 
 
 @contextlib.contextmanager
-def connect(config: ClusterConfig | None = None) -> Iterator[None]:
+def connect(config: ClusterConfig | None = None, settings: Mapping[str, str] | None = None) -> Iterator[None]:
     """Joins or starts Ray for the time of the block.
 
     Inside another `connect` it does nothing: a path of many steps shares one cluster, and each step also works alone.
+
+    Args:
+        config: which cluster.
+        settings: environment variables for a Ray that is started here, unless this process has others.
 
     Raises:
         UserError: no cluster answers at the address.
@@ -53,7 +57,7 @@ def connect(config: ClusterConfig | None = None) -> Iterator[None]:
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.ERROR)
     saved = dict(os.environ)
-    os.environ.update(environment())
+    os.environ.update({**(settings or {}), **environment(), **os.environ})
     try:
         if config.address == "local":
             _start(config)

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import httpx
 import ray
@@ -28,6 +29,7 @@ from infra.config import Home, UserError
 from serving.config import ServeConfig
 from serving.fleet import AWAY, LOOK_S, Catalogue, Fleet, FleetWorlds, targets
 from serving.gateway import Gateway
+from serving.listen import listen
 from serving.painter import Painter, RemotePainter
 from serving.remote import Handle
 from serving.replica import LIFE, QUIET, load_engine, reference_of
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 APP = "lampworks"
 CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
 """Name and namespace of Serve's controller."""
+RAY_SETTINGS = {"RAY_worker_niceness": "0"}
+"""Of a Ray that is started for players: its workers let every other process go first by default (niceness 15)."""
 STOP_S = 120.0
 """How long Serve may take to end."""
 FREE_PORTS = range(20000, 30000)
@@ -58,7 +62,10 @@ class GatewayReplica:
             self._worlds = FleetWorlds(config, fleet, serve.get_replica_context().replica_id.unique_id)
             await self._worlds.refresh({})
         self._gateway = Gateway(config, self._worlds, store, RemotePainter(painter) if painter else None)
-        self._watch = asyncio.create_task(self._keep_up())
+        self._app = self._gateway.app()
+        self._tasks = [asyncio.create_task(self._keep_up())]
+        if not config.proxied:
+            self._tasks.append(asyncio.create_task(listen(self._app, config)))
 
     async def _keep_up(self) -> None:
         """Counts live sessions, and keeps up with the fleet; while that is away, what was offered stays."""
@@ -71,13 +78,13 @@ class GatewayReplica:
                     await self._worlds.refresh(live)
 
     def check_health(self) -> None:
-        """Has Serve replace the replica when an engine in it, or its watch, has stopped."""
-        if not self._worlds.alive or self._watch.done():
-            raise RuntimeError("an engine or the watch of the fleet has stopped")
+        """Has Serve replace the replica when an engine in it, its watch or its doors have stopped."""
+        if not self._worlds.alive or any(task.done() for task in self._tasks):
+            raise RuntimeError("an engine, the watch of the fleet or the doors have stopped")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve calls this for the application behind the proxy."""
-        return self._gateway.app()
+        """Serve calls this for the application behind its proxies."""
+        return self._app
 
 
 class ServedWorld:
@@ -122,20 +129,20 @@ def serve_world(config: ServeConfig, block: bool = False) -> ServedWorld:
     """
     catalogue = Catalogue(config)
     worlds = {r: catalogue.path(r) for choice in catalogue.look().values() for r in choice.references}
-    port = _claim_port(config.host, config.port)
+    config = replace(config, port=_claim_port(config.host, config.port))
     if config.cluster.quiet:  # Serve sets its own level when it is imported
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ExitStack() as stack:
-        stack.enter_context(connect(config.cluster))
+        stack.enter_context(connect(config.cluster, RAY_SETTINGS))
         stack.callback(_stop, config)
         with suppress(TimeoutError):  # Serve waits a minute for its proxy; on a busy machine we wait on, below
-            where = "HeadOnly" if config.loopback else "EveryNode"
-            serve.start(where, HTTPOptions(host=config.host, port=port), logging_config=QUIET)
+            where = "Disabled" if not config.proxied else "HeadOnly" if config.loopback else "EveryNode"
+            serve.start(where, HTTPOptions(host=config.host, port=config.port), logging_config=QUIET)
         serve.run_many(
             [*targets(config, {} if config.colocated else worlds), serve.RunTarget(application(config), APP)]
         )
-        _await_answer(config.host, port)
-        served = ServedWorld(config, f"http://{config.host}:{port}", stack.pop_all())
+        _await_answer(config.host, config.port)
+        served = ServedWorld(config, f"http://{config.host}:{config.port}", stack.pop_all())
     log.info("serving | url %s | worlds %s", served.url, ", ".join(worlds))
     if block:
         with served:

@@ -1,6 +1,5 @@
 """What requests carry: bodies with their bounds, and the two forms that a prompt comes in."""
 
-import asyncio
 import base64
 import binascii
 import json
@@ -60,22 +59,12 @@ def read_seed(value: object) -> int:
     return seed
 
 
-async def read_create(request: Request, longest_s: float) -> tuple[dict[str, Any], list[bytes]]:
+async def read_create(request: Request) -> tuple[dict[str, Any], list[bytes]]:
     """Fields and pictures of a create request, from multipart or JSON.
 
     Raises:
-        Problem: 408 it took too long to arrive, 415 another type, 422 broken.
+        Problem: 415 another type, 422 broken.
     """
-    try:
-        async with asyncio.timeout(longest_s):
-            return await _read_create(request)
-    except TimeoutError:
-        raise Problem(
-            408, "body-too-slow", f"the request did not arrive in {longest_s:g} s", limit_s=longest_s
-        ) from None
-
-
-async def _read_create(request: Request) -> tuple[dict[str, Any], list[bytes]]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind == "multipart/form-data":
         async with request.form(max_files=64, max_fields=16) as form:
@@ -97,6 +86,11 @@ async def _read_create(request: Request) -> tuple[dict[str, Any], list[bytes]]:
 _FIELDS: dict[str, Any] = {
     "gallery": {"type": "string", "description": "id of one of the world's pictures"},
     "text": {"type": "string", "maxLength": MAX_TEXT, "description": "words, where the server takes them"},
+    "title": {
+        "type": "string",
+        "maxLength": MAX_TEXT,
+        "description": "what the world is told about itself, where it was trained with titles",
+    },
     "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
     "model": {"type": "string", "description": "NAME, NAME@v1, NAME@candidate; the default world when left out"},
 }

@@ -145,9 +145,12 @@ class WorldClient:
         gallery: str | None = None,
         seed: int | None = None,
         model: str | None = None,
+        title: str | None = None,
     ) -> Player:
-        """A new session from a picture (or several consecutive frames) or a gallery id."""
-        return Player(self, self.call("POST", "/v1/sessions", **create_body(picture, gallery, seed, model)).json())
+        """A new session from a picture (or several consecutive frames) or a gallery id; `title` is what the world is
+        told about itself, if it was trained with titles."""
+        body = create_body(picture, gallery=gallery, seed=seed, model=model, title=title)
+        return Player(self, self.call("POST", "/v1/sessions", **body).json())
 
     def resume(self, session: str, token: str) -> Player:
         """Goes on with a session."""
@@ -188,11 +191,12 @@ class AsyncPlayer(Described):
         gallery: str | None = None,
         seed: int | None = None,
         model: str | None = None,
+        title: str | None = None,
         key: str | None = None,
         retry_s: float = 60.0,
     ) -> "AsyncPlayer":
         """A new session; see `WorldClient.create`."""
-        body = create_body(picture, gallery, seed, model)
+        body = create_body(picture, gallery=gallery, seed=seed, model=model, title=title)
         answer = await _request(url, key, "POST", "/v1/sessions", **body)
         return cls(url, answer.json(), retry_s, key)
 

@@ -43,6 +43,8 @@ class Limits:
     """New sessions of one owner (an API key, or a client address) in a minute."""
     stored_bytes: int = 4 * 2**30
     """Journal bytes of one owner."""
+    connection_s: int = 20
+    """A connection on which nothing is asked for this long is closed, half a request or none."""
     messages_per_s: float = 200.0
     """Messages of one play socket; a burst of twice as many is accepted."""
     steps_per_s: float = 60.0
@@ -99,6 +101,8 @@ class ServeConfig:
     """How frames are sampled; None takes the sampler's defaults."""
     colocated: bool = False
     """Model inside the gateway replica: one process less, for one machine."""
+    proxy: bool = False
+    """Ray Serve's proxies before the gateways, as on every cluster; without, players reach the gateways themselves."""
     text: str | None = None
     """Folder or hub name of a diffusers text-to-image pipeline, for prompts in words; none are taken without it."""
     text_steps: int = 4
@@ -153,6 +157,11 @@ class ServeConfig:
     def most_replicas(self) -> int:
         """Replicas of a version at most."""
         return max(1, self.replicas, self.max_replicas or 0)
+
+    @property
+    def proxied(self) -> bool:
+        """Whether players come through Ray Serve's proxies: gateways of a cluster are on any of its nodes."""
+        return self.proxy or self.cluster.address != "local"
 
     @property
     def worlds(self) -> tuple[str, ...]:

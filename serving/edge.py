@@ -1,11 +1,15 @@
 """The outermost layer of the gateway: who may talk to it, how much they may send, what browsers may do with answers."""
 
+import asyncio
 import json
+import time
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.config import ServeConfig
+from serving.config import Limits, ServeConfig
 from serving.pictures import too_large
 from serving.protocol import Problem
 
@@ -26,10 +30,16 @@ SERVE_HEADERS = (b"x-session-id", b"serve_multiplexed_model_id", b"serve-multipl
 
 
 class Edge:
-    """ASGI middleware: host and origin checks, body limit, security and CORS headers, Serve's own headers removed."""
+    """ASGI middleware: host and origin checks, body limits, security and CORS headers, Serve's own headers removed.
 
-    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
-        self.app, self.config = app, config
+    Args:
+        app: the doors behind it.
+        config: hosts, origins, limits.
+        rejected: told the kind of each refusal.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServeConfig, rejected: Callable[[str], None] = lambda slug: None) -> None:
+        self.app, self.config, self._rejected = app, config, rejected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request in, or answers it here."""
@@ -42,13 +52,14 @@ class Edge:
         origin = headers.get("origin")
         cors = origin if origin in self.config.origins else None
         if problem is not None:
+            self._rejected(problem.slug)
             await refuse(scope, receive, _with_headers(send, cors), problem)
         elif scope["type"] == "websocket":
             await self.app(scope, receive, send)
         elif cors and scope["method"] == "OPTIONS":
             await _preflight(_with_headers(send, cors))
         else:
-            limited = _limited(receive, self.config.limits.picture_bytes)
+            limited = _limited(receive, self.config.limits)
             await self.app(scope, limited, _with_headers(send, cors))
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> Problem | None:
@@ -67,6 +78,14 @@ class Edge:
         if int(length) > self.config.limits.picture_bytes:
             return too_large(self.config.limits.picture_bytes)
         return None
+
+
+class BodyRefused(HTTPException):
+    """A refusal in the middle of a body: while FastAPI reads one, only exceptions of this kind get through it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.status, problem.detail)
+        self.problem = problem
 
 
 async def refuse(scope: Scope, receive: Receive, send: Send, problem: Problem) -> None:
@@ -89,16 +108,21 @@ def close_reason(problem: Problem) -> str:
     return problem.detail.encode()[:120].decode(errors="ignore")
 
 
-def _limited(receive: Receive, limit_bytes: int) -> Receive:
-    """Counts the body as it comes, for clients that don't say or lie about its length."""
-    seen = 0
+def _limited(receive: Receive, limits: Limits) -> Receive:
+    """Counts the body as it comes, for clients that don't say or lie about its length, or never come to its end."""
+    seen, more, deadline = 0, True, time.monotonic() + limits.body_s
 
     async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > limit_bytes:
-            raise too_large(limit_bytes)
+        nonlocal seen, more
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic()) if more else None):
+                message = await receive()
+        except TimeoutError:
+            slow = f"the request did not arrive in {limits.body_s:g} s"
+            raise BodyRefused(Problem(408, "body-too-slow", slow, limit_s=limits.body_s)) from None
+        seen, more = seen + len(message.get("body", b"")), message.get("more_body", False)
+        if seen > limits.picture_bytes:
+            raise BodyRefused(too_large(limits.picture_bytes))
         return message
 
     return counted

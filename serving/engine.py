@@ -19,8 +19,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from models.config import ModelError, SamplerConfig
+from models.config import DynamicsConfig, ModelError, SamplerConfig
 from models.sampler import Decoder, Finished, Window
+from models.text import hashed_words
 from models.world import World
 from serving.metrics import EngineMetrics
 from serving.protocol import Context, ModelInfo, ModelUnavailable, Prompted, StepJob, Stepped
@@ -85,6 +86,7 @@ class Engine:
             width_px=width,
             fps=float(world.config.fps),
             prompt_frames=world.config.frames,
+            words=world.dynamics.cfg.words,
         )
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._free = list(range(self.slots))
@@ -207,7 +209,7 @@ class Engine:
         try:
             if job.context is not None:
                 self.decoder.release(held.slot)
-                self.decoder.restore(held.slot, _window(job))
+                self.decoder.restore(held.slot, _window(job, self.world.dynamics.cfg))
             self.decoder.begin(held.slot, job.action)
         except ModelError as error:  # a context that doesn't fit the world: this job's fault, nobody else's
             self._drop(job.session)
@@ -271,12 +273,13 @@ class Engine:
                 item.future.set_exception(ModelUnavailable("the replica's engine has stopped"))
 
 
-def _window(job: StepJob) -> Window:
+def _window(job: StepJob, cfg: DynamicsConfig) -> Window:
     if job.context is None:
         raise ValueError("a window is made from a context")
     tokens = torch.from_numpy(job.context.tokens_TN.astype(np.int64))
     actions = torch.from_numpy(np.asarray(job.context.actions_T, np.int64))
-    return Window(tokens=tokens, actions=actions, step=job.step - 1, seed=job.seed)
+    words = tuple(hashed_words(job.title, cfg.words, cfg.text_vocabulary))
+    return Window(tokens=tokens, actions=actions, step=job.step - 1, seed=job.seed, text=words)
 
 
 def _answer(future: "Future[object]", function: Callable[[], object]) -> None:

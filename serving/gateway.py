@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from serving.bodies import CREATE_BODY, REFUSED, ForkBody, RolloutBody, StepBody, read_create, read_seed
 from serving.config import ServeConfig
-from serving.edge import Edge
+from serving.edge import BodyRefused, Edge
 from serving.export import session_mp4
 from serving.line import Line, Pace
 from serving.painter import Painting, check_text
@@ -86,9 +86,10 @@ class Gateway:
             description="Playable worlds: sessions, steps, forks.",
             responses={"4XX": REFUSED, "5XX": REFUSED},
         )
-        app.add_middleware(Edge, config=self.config)
+        app.add_middleware(Edge, config=self.config, rejected=self.sessions.metrics.rejected)
         app.state.metrics = self.sessions.metrics
         app.add_exception_handler(Problem, self._on_problem)  # pyrefly: ignore[bad-argument-type]
+        app.add_exception_handler(BodyRefused, self._on_body)  # pyrefly: ignore[bad-argument-type]
         app.add_exception_handler(HTTPException, _on_http)  # pyrefly: ignore[bad-argument-type]
         app.add_exception_handler(RequestValidationError, _on_invalid)  # pyrefly: ignore[bad-argument-type]
         session = "/v1/sessions/{session_id}"
@@ -171,11 +172,14 @@ class Gateway:
         """A session from a picture (multipart `picture`, one or several), base64 (JSON), a gallery id, or words."""
         owner = self._owner(request, authorization)
         async with self.creating.place():
-            fields, pictures = await read_create(request, self.config.limits.body_s)
+            fields, pictures = await read_create(request)
             session_id, seed = new_session_id(), read_seed(fields.get("seed"))
             reference = self.worlds.choose(fields.get("model"), session_id)
+            title = self._title(reference, fields.get("title"))
             frames = await self._prompt(reference, fields, pictures, seed)
-            session, token = await self.sessions.create(frames, id=session_id, seed=seed, model=reference, owner=owner)
+            session, token = await self.sessions.create(
+                frames, id=session_id, seed=seed, model=reference, owner=owner, title=title
+            )
         return {**self._describe(session), "token": token}
 
     async def _prompt(self, reference: str, fields: Mapping[str, Any], pictures: list[bytes], seed: int) -> np.ndarray:
@@ -199,6 +203,14 @@ class Gateway:
             )  # fmt: skip
         shape = {"height_px": size[0], "width_px": size[1], "limits": self.config.limits}
         return await asyncio.to_thread(lambda: np.stack([read_picture(p, **shape) for p in pictures]))
+
+    def _title(self, reference: str, given: object) -> str:
+        """What a world is to be told about itself; refused where it would not listen."""
+        if given in (None, ""):
+            return ""
+        if not self.worlds[reference].info.words:
+            raise Problem(422, "no-title", f"{reference} was trained without titles: leave 'title' out")
+        return check_text(str(given))
 
     async def show(self, session_id: str, authorization: Bearer = None) -> dict[str, Any]:
         """What a session is and where it stands."""
@@ -282,6 +294,9 @@ class Gateway:
         self.sessions.metrics.rejected(problem.slug)
         return _answer(problem)
 
+    async def _on_body(self, request: Request, refused: BodyRefused) -> Response:
+        return await self._on_problem(request, refused.problem)
+
     def _open(self, session_id: str, authorization: Bearer) -> Session:
         return self.sessions.open(session_id, _bearer(authorization))
 
@@ -296,7 +311,7 @@ class Gateway:
 
     def _describe(self, session: Session) -> dict[str, Any]:
         info = self.worlds[session.model].info
-        kept = ("model", "seed", "first", "start", "step", "created", "parent", "parent_step")
+        kept = ("model", "seed", "title", "first", "start", "step", "created", "parent", "parent_step")
         about = {name: getattr(session, name) for name in kept}
         size = {"height_px": info.height_px, "width_px": info.width_px}
         return {"session": session.id, **about, "actions": info.actions, "fps": info.fps, **size}

@@ -105,9 +105,7 @@ class Described:
         return decode_jpeg(self.lockstep.frame.jpeg)
 
 
-def create_body(
-    picture: Picture | Sequence[Picture] | None, gallery: str | None, seed: int | None, model: str | None
-) -> dict[str, Any]:
+def create_body(picture: Picture | Sequence[Picture] | None, **given: str | int | None) -> dict[str, Any]:
     """The multipart body of a new session."""
     if picture is None:
         pictures: list[Picture] = []
@@ -115,7 +113,6 @@ def create_body(
         pictures = list(picture) if picture.ndim == 4 else [picture]
     else:
         pictures = [picture] if isinstance(picture, (bytes, Path)) else list(picture)
-    given = {"gallery": gallery, "seed": seed, "model": model}
     fields = [(name, (None, str(value))) for name, value in given.items() if value is not None]
     return {"files": [*fields, *(("picture", ("prompt", _picture_bytes(p))) for p in pictures)] or {"": (None, "")}}
 

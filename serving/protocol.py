@@ -170,6 +170,8 @@ class ModelInfo:
     fps: float
     prompt_frames: int
     """Most frames that a prompt may have."""
+    words: int = 0
+    """Words of a title that the world listens to; 0 where it was trained without titles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +192,8 @@ class StepJob:
     seed: int
     step: int
     action: int
+    title: str = ""
+    """What the world is told about itself; it counts where a context is sent."""
     context: Context | None = None
     """Sent after a replica answered that it has no cache of the session at `step - 1`."""
 

@@ -88,7 +88,7 @@ class Rollouts:
         model, scratch = self.sessions.worlds[session.model], new_session_id()
         try:
             for n, action in enumerate(actions, step + 1):
-                job = StepJob(session=scratch, seed=session.seed, step=n, action=action)
+                job = StepJob(session=scratch, seed=session.seed, step=n, action=action, title=session.title)
                 done = None
                 if n > step + 1:
                     done = await self.sessions.patiently(lambda job=job: model.step(job))

@@ -64,7 +64,7 @@ class Sessions:
         self._stepped: dict[str, tuple[float, str]] = {}
 
     async def create(
-        self, frames_THWC: np.ndarray, *, id: str, seed: int, model: str, owner: str
+        self, frames_THWC: np.ndarray, *, id: str, seed: int, model: str, owner: str, title: str = ""
     ) -> tuple[Session, str]:
         """A new session from prompt frames in the world's shape.
 
@@ -102,6 +102,7 @@ class Sessions:
             parent=None,
             parent_step=None,
             prompt=hashlib.sha256(frames_THWC.tobytes()).hexdigest(),
+            title=title,
         )
         token = secrets.token_urlsafe(32)
         self.store.create(session, token, rows)
@@ -254,7 +255,7 @@ class Sessions:
         self, session: Session, step: int, action: int, on_state: StateListener | None
     ) -> tuple[Stepped, Flag]:
         """The next frame; the context is read from the journal only when the replica hasn't the session's cache."""
-        job = StepJob(session=session.id, seed=session.seed, step=step, action=action)
+        job = StepJob(session=session.id, seed=session.seed, step=step, action=action, title=session.title)
         done = await self.patiently(lambda: self.worlds[session.model].step(job), on_state)
         if done is not None:
             return done, Flag(0)

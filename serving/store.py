@@ -22,14 +22,15 @@ _SCHEMA = """
 create table if not exists sessions(
     id text primary key, token blob not null, owner text not null, model text not null, seed integer not null,
     first integer not null, start integer not null, step integer not null, epoch integer not null,
-    created real not null, parent text, parent_step integer, prompt text not null, bytes integer not null);
+    created real not null, parent text, parent_step integer, prompt text not null, bytes integer not null,
+    title text not null default '');
 create index if not exists sessions_owner on sessions(owner, created);
 create table if not exists frames(
     session text not null, step integer not null, action integer not null, context integer not null,
     tokens blob not null, jpeg blob not null, primary key(session, step)) without rowid;
 create table if not exists ended(id text primary key, about text not null);
 """
-_COLUMNS = "id, owner, model, seed, first, start, step, epoch, created, parent, parent_step, prompt"
+_COLUMNS = "id, owner, model, seed, first, start, step, epoch, created, parent, parent_step, prompt, title"
 
 
 class Commit(Enum):
@@ -64,6 +65,8 @@ class Session:
     parent_step: int | None
     prompt: str
     """SHA-256 of the prompt pixels, for the audit."""
+    title: str = ""
+    """What the world is told about itself, where it listens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +154,8 @@ class SqliteStore:
         self._db.execute("pragma journal_mode=WAL")
         self._db.execute("pragma synchronous=NORMAL")
         self._db.executescript(_SCHEMA)
+        if "title" not in {column[1] for column in self._db.execute("pragma table_info(sessions)")}:  # an older journal
+            self._db.execute("alter table sessions add column title text not null default ''")
 
     def close(self) -> None:
         """Closes the file."""
@@ -174,8 +179,8 @@ class SqliteStore:
         values = (s.id, token_hash(token), s.owner, s.model, s.seed, s.first, s.start, s.step, s.epoch)
         with self._writing() as db:
             db.execute(
-                "insert into sessions values(?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                (*values, s.created, s.parent, s.parent_step, s.prompt, size),
+                "insert into sessions values(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                (*values, s.created, s.parent, s.parent_step, s.prompt, size, s.title),
             )
             db.executemany("insert into frames values(?,?,?,?,?,?)", [_values(s.id, r) for r in rows])
 
@@ -247,7 +252,7 @@ class SqliteStore:
         with self._writing() as db:
             copied = db.execute(
                 "insert into sessions select ?, ?, ?, model, seed, first, start, ?, 0, ?, id, ?, prompt, "
-                "(select sum(length(tokens) + length(jpeg)) from frames where session=? and step<=?) "
+                "(select sum(length(tokens) + length(jpeg)) from frames where session=? and step<=?), title "
                 f"from sessions where id=? and start<=? and step>=? returning {_COLUMNS}",
                 (new_id, token_hash(token), owner, step, time.time(), step, session_id, step, session_id, step, step),
             ).fetchone()
@@ -290,7 +295,7 @@ class SqliteStore:
 
 def audited(session: Session, actions: Sequence[int], ended: float | None) -> dict[str, Any]:
     """What an audit keeps of a session: with the model, the seed and the prompt its actions determine every frame."""
-    kept = ("id", "owner", "model", "seed", "prompt", "created", "parent", "parent_step", "step")
+    kept = ("id", "owner", "model", "seed", "prompt", "title", "created", "parent", "parent_step", "step")
     return {**{name: getattr(session, name) for name in kept}, "actions": list(actions), "ended": ended}
 
 

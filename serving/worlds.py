@@ -118,6 +118,7 @@ def card(reference: str, path: Path) -> ModelInfo:
         width_px=tokenizer.width_px,
         fps=float(json.loads((path / "world.json").read_text())["fps"]),
         prompt_frames=dynamics.frames,
+        words=dynamics.words,
     )
 
 

@@ -47,6 +47,7 @@ function chooseModel(reference) {
     return button;
   }));
   $("gallery-empty").hidden = model.gallery.length > 0;
+  $("title-field").hidden = !model.words;
   prompt = null;
   $("play").disabled = true;
   clearPad();
@@ -116,6 +117,7 @@ function requestBody() {
   else for (const blob of prompt.blobs) form.append("picture", blob, "prompt");
   form.set("model", model.reference);
   form.set("seed", $("seed").value.trim());
+  if (model.words) form.set("title", $("title").value.trim());
   return form;
 }
 

@@ -7,7 +7,8 @@ each asking for a step when the last has come (tests/benchmarks/players.py), aga
     uvicorn     doors, sessions, journal, JPEG and sockets on plain uvicorn, engine in the process
     colocated   the same inside one Ray Serve replica
     two tiers   gateway replica -> model replica on Ray Serve
-The last two by Serve's default proxy, and by its HAProxy data plane with throughput settings (FAST).
+The last two as on one machine, where the gateway has the port itself; behind Serve's default proxy; and behind its
+HAProxy data plane with throughput settings (FAST). Each takes turns with plain uvicorn, which runs all the time.
 Servers are processes of their own; on two cores they share them with the players, whose share of a core is printed.
 """
 
@@ -16,24 +17,21 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import ray
 import torch
-import uvicorn
 
 from infra.artifact import publish
 from infra.cluster import environment, temporary_folder
 from infra.config import ClusterConfig, Home
 from models.world import World
-from serving.app import serve_world
+from serving.app import RAY_SETTINGS, serve_world
 from serving.config import Limits, ServeConfig
 from serving.engine import Engine
 from serving.gateway import Gateway
@@ -42,11 +40,13 @@ from serving.store import open_store
 from serving.worlds import Worlds
 from tests.benchmarks.fixed import FIXED_FPS, install
 from tests.benchmarks.players import median_rate, play
-from tests.serving.conftest import SAMPLER, SIZE, publish_toy, tiny_world
+from tests.serving.conftest import SAMPLER, SIZE, listening, publish_toy, tiny_world
 
 SESSIONS = (1, 8, 32)
 MODELS = ("toy", "fixed")
-SECONDS = 2.0
+SECONDS = 1.5
+ROUNDS = 5
+"""Turns of a server and of plain uvicorn at most sessions; medians count."""
 FREE = Limits(steps_per_s=1e6, messages_per_s=1e6, creates_per_min=10**6)
 FAST = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -55,11 +55,12 @@ FAST = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # nobody plays when a server ends here
 }
 SERVERS = {
-    "uvicorn": ("uvicorn", {}),
     "colocated": ("colocated", {}),
     "two tiers": ("two-tiers", {}),
-    "colocated, HAProxy": ("colocated", FAST),
-    "two tiers, HAProxy": ("two-tiers", FAST),
+    "colocated, proxy": ("colocated-proxy", {}),
+    "two tiers, proxy": ("two-tiers-proxy", {}),
+    "colocated, HAProxy": ("colocated-proxy", FAST),
+    "two tiers, HAProxy": ("two-tiers-proxy", FAST),
 }
 
 
@@ -70,8 +71,8 @@ def serve(kind, home):
     """Serves both models until standard input ends; the URL goes to standard output."""
     install()
     config = ServeConfig(
-        home=home, world=MODELS, port=0, slots=32, sampler=SAMPLER, limits=FREE, colocated=kind == "colocated",
-        cluster=ClusterConfig(cpus=4),
+        home=home, world=MODELS, port=0, slots=32, sampler=SAMPLER, limits=FREE,
+        colocated=kind.startswith("colocated"), proxy=kind.endswith("proxy"), cluster=ClusterConfig(cpus=4),
     )  # fmt: skip
     with on_uvicorn(config) if kind == "uvicorn" else on_serve(config) as url:
         sys.stdout.write(f"{url}\n")
@@ -86,20 +87,14 @@ def on_uvicorn(config):
     engines = {f"{name}@v1": load_engine(home.artifacts / name / "v1", 32) for name in MODELS}
     prompts = {name: home.artifacts / name.partition("@")[0] / "v1" / "prompts" for name in engines}
     app = Gateway(config, Worlds(engines, prompts), open_store(str(home.path / "uvicorn.db"))).app()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with listening(app) as url:
+        yield url
 
 
 @contextlib.contextmanager
 def on_serve(config):
     """`lampworks serve`, in a Ray whose processes know the fixed decoder."""
-    os.environ.update(environment())
+    os.environ.update({**RAY_SETTINGS, **environment()})
     ray.init(
         address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
         _temp_dir=str(temporary_folder()), runtime_env={"worker_process_setup_hook": install},
@@ -172,16 +167,27 @@ def main(only=()):
     with tempfile.TemporaryDirectory() as folder:
         home = publish_models(Path(folder))
         rates |= measure_engines(home)
-        for name, (kind, settings) in SERVERS.items():
-            if only and name not in only:
-                continue
-            with running(kind, home.path, settings) as url:
-                for model in MODELS:
-                    found = {n: asyncio.run(play(url, model, n, SECONDS)) for n in SESSIONS}
-                    sys.stderr.write(f"{name} | {model} | {found}\n")
-                    rates[name, model] = {n: rate for n, (rate, _, _) in found.items()}
-                    notes.append((name, model, found))
+        with running("uvicorn", home.path, {}) as plain:
+            for name, (kind, settings) in SERVERS.items():
+                if only and name not in only:
+                    continue
+                with running(kind, home.path, settings) as url:
+                    for model in MODELS:
+                        rates[name, model], found = take_turns(url, plain, model)
+                        notes.append((name, model, found))
     sys.stdout.write(table(rates, notes))
+
+
+def take_turns(url, plain, model):
+    """Rates of a server by sessions, and of plain uvicorn in turns at most sessions; what was seen last."""
+    rates = {n: asyncio.run(play(url, model, n, SECONDS))[0] for n in SESSIONS[:-1]}
+    ours, theirs = [], []
+    for _ in range(ROUNDS):
+        theirs.append(asyncio.run(play(plain, model, SESSIONS[-1], SECONDS)))
+        ours.append(asyncio.run(play(url, model, SESSIONS[-1], SECONDS)))
+    sys.stderr.write(f"{url} | {model} | ours {ours} | plain {theirs}\n")
+    rates[SESSIONS[-1]], rates["plain"] = (float(np.median([r for r, _, _ in x])) for x in (ours, theirs))
+    return rates, ours[-1]
 
 
 def publish_models(folder):
@@ -202,12 +208,12 @@ def publish_models(folder):
 
 def table(rates, notes):
     """Frames per second, and each row against the one that it should be close to."""
-    lines = [f"{'frames/s at':26}" + "".join(f"{n:>9}" for n in SESSIONS) + "  sessions; latency; players' core share"]
+    lines = [f"{'frames/s at':26}" + "".join(f"{n:>9}" for n in (*SESSIONS, "uvicorn")) + "  latency; players' core"]
     told = {(name, model): found for name, model, found in notes}
     for (name, model), row in rates.items():
-        line = f"{model:6}{name:20}" + "".join(f"{row[n]:9.0f}" if n in row else " " * 9 for n in SESSIONS)
+        line = f"{model:6}{name:20}" + "".join(f"{row[n]:9.0f}" if n in row else " " * 9 for n in (*SESSIONS, "plain"))
         if (name, model) in told:
-            _, latency, busy = told[name, model][32]
+            _, latency, busy = told[name, model]
             line += f"  {latency * 1e3:5.1f} ms  {busy:4.0%}"
         lines.append(line)
     lines.append("")
@@ -222,10 +228,12 @@ def table(rates, notes):
             f"{model:6}{'batching: 8 sessions over one by one':48}"
             f"{rates['engine', model][8] / rates['one by one', model][8]:6.2f}"
         )
-        for name in list(SERVERS)[1:]:
+        for name in SERVERS:
             for n in SESSIONS:
                 ratio(name, "engine", n)
-            ratio(name, "uvicorn", 32)
+            if (name, model) in rates:
+                share = rates[name, model][32] / rates[name, model]["plain"]
+                lines.append(f"{model:6}{f'{name} over plain uvicorn, 32 sessions':48}{share:6.2f}")
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import ray
 import torch
-import uvicorn
 
 from infra.artifact import publish
 from infra.config import Home
@@ -33,6 +32,7 @@ from serving.app import serve_world
 from serving.config import ServeConfig
 from serving.engine import Engine
 from serving.gateway import Gateway
+from serving.listen import server
 from serving.painter import Painter
 from serving.pictures import decode_jpeg, encode_jpeg
 from serving.store import open_store
@@ -96,17 +96,15 @@ def served_home(world, tmp_path_factory):
 
 
 @contextlib.contextmanager
-def listening(app):
-    """An ASGI application on a free port, in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="websockets-sansio"))
-    thread = threading.Thread(target=server.run, daemon=True)
+def listening(app, connection_s=20):
+    """An ASGI application on a free port, in a thread, as a gateway listens."""
+    doors, port = server(app, connection_s), socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=doors.run, args=([port],), daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{port.getsockname()[1]}"
     finally:
-        server.should_exit = True
+        doors.should_exit = True
         thread.join()
 
 
@@ -117,7 +115,7 @@ def gateway_of(home, engine, database, painter=None, **settings):
     prompts = {engine.info.reference: home.artifacts / "toy" / "v1" / "prompts"}
     worlds = Worlds({engine.info.reference: engine}, prompts)
     gateway = Gateway(ServeConfig(home=home.path, world="toy", **settings), worlds, store, painter)
-    with listening(gateway.app()) as url:
+    with listening(gateway.app(), gateway.config.limits.connection_s) as url:
         yield url
     store.close()
 
@@ -140,8 +138,10 @@ def local(served_home, engine, tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def served(served_home, ray_cluster):
-    """The world on Ray Serve: two gateways, two model replicas."""
-    config = ServeConfig(home=served_home.path, world="toy", port=0, gateways=2, replicas=2, slots=4, sampler=SAMPLER)
+    """The world on Ray Serve behind its proxy: two gateways, two model replicas."""
+    config = ServeConfig(
+        home=served_home.path, world="toy", port=0, gateways=2, replicas=2, slots=4, sampler=SAMPLER, proxy=True
+    )
     with serve_world(config) as served:
         yield served
 

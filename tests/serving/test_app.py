@@ -49,7 +49,22 @@ def test_colocated_gateways_play_the_same_world(served_home, world, tmp_path):
     with Fabric(served_home, tmp_path, colocated=True, slots=2) as fabric:
         assert plays(fabric.url, world, 6)
         count = fabric.ask("count")
-        assert (count["gateway"], count["model"], count["fleet"]) == (1, 0, 0)
+        assert (count["gateway"], count["model"], count["fleet"], count["proxy"]) == (1, 0, 0, 0)
+
+
+def test_gateways_of_one_machine_share_its_port_and_one_may_die(served_home, world, tmp_path):
+    """No proxy: who reconnects after a kill reaches the other gateway, which plays on."""
+    with Fabric(served_home, tmp_path, colocated=True, gateways=2, slots=4) as fabric:
+        assert (fabric.ask("count")["gateway"], fabric.ask("count")["proxy"]) == (2, 0)
+        acts, prompt = [1, 3, 0, 2] * 3, picture(9, SIZE, SIZE)
+        with WorldClient(fabric.url) as client, client.create(prompt, seed=4) as player:
+            frames = []
+            for i, action in enumerate(acts):
+                frames.append(player.step(action))
+                if i in (3, 7):  # one of the two, and of the two that are there a moment later
+                    fabric.kill("gateway")
+            assert player.replay()["equal"]
+        assert all(np.array_equal(a, b) for a, b in zip(frames, uninterrupted(world, prompt, 4, acts), strict=True))
 
 
 @pytest.fixture
@@ -72,7 +87,7 @@ def test_the_same_behind_haproxy(served_home, world, tmp_path, sockets):
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     }
-    with Fabric(served_home, tmp_path, environ=environ, gateways=2, slots=2) as fabric:
+    with Fabric(served_home, tmp_path, environ=environ, proxy=True, gateways=2, slots=2) as fabric:
         assert plays(fabric.url, world, 7)
         assert [p for p in sockets.rglob("h.cfg") if "bind" in p.read_text()], "HAProxy is what answers"
         assert httpx.post(f"{fabric.url}/v1/sessions", content=bytes(9 * 2**20)).status_code == 413

@@ -27,7 +27,9 @@ def through(headers, kind="http", method="GET", **settings):
         sent.append(message)
 
     scope = {"type": kind, "method": method, "path": "/v1/models", "headers": [*PLAIN, *headers]}
-    asyncio.run(Edge(doors, ServeConfig(**settings))(scope, receive, send))
+    told = []
+    asyncio.run(Edge(doors, ServeConfig(**settings), told.append)(scope, receive, send))
+    assert len(told) == (not seen and method != "OPTIONS"), "every refusal is counted, and nothing else"
     return (seen[0] if seen else None), sent
 
 

@@ -1,6 +1,7 @@
 """The doors, over an engine in this process: what they give, and what they refuse."""
 
 import base64
+import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -325,7 +326,6 @@ def test_the_socket_greets_steps_and_repeats(local, session):
         (pack_step(1, ACTIONS), 4422, f"actions 0 to {ACTIONS - 1}"),
         (pack_step(5, 0), 4409, "the next is 1"),
         (pack_step(2**32 - 1, 0), 4409, "the next is 1"),
-        (bytes(17 * 2**20), 1009, ""),
     ],
 )
 def test_a_wrong_message_closes_with_its_reason(local, session, message, code, says):
@@ -333,6 +333,15 @@ def test_a_wrong_message_closes_with_its_reason(local, session, message, code, s
         got, reason = closed_with(ws, [message])
     assert got == code
     assert says in reason
+
+
+def test_a_message_of_megabytes_is_not_taken_in(local, session):
+    """Its header is enough; the client may still be sending when the connection is gone, and then sees no code."""
+    with socket(local, session) as ws, pytest.raises(ConnectionClosed) as closed:
+        ws.send(bytes(17 * 2**20))
+        while True:
+            ws.recv(timeout=20)
+    assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
 
 
 def test_a_socket_needs_the_right_token_and_protocol(http, local, session):
@@ -456,6 +465,29 @@ def test_prompts_are_read_a_few_at_a_time_and_not_for_ever(served_home, engine, 
         assert (body["limit"], body["position"], body["retry_after_s"]) == (1, 5, 15.0)
         assert next(a for a in answers if a.status_code == 429).headers["retry-after"] == "15"
         assert refused(next(a for a in answers if a.status_code == 408), 408, "body-too-slow")["limit_s"] == 4.0
+
+
+@pytest.mark.parametrize("door", ["/v1/sessions/{}/step", "/v1/sessions/{}/fork", "/v1/rollouts", "/v1/sessions"])
+def test_every_door_bounds_its_body(served_home, engine, tmp_path, door):
+    """A body without a length that is too long, and one that does not end."""
+    limits = Limits(body_s=1.0, picture_bytes=2**16)
+    over = threading.Event()
+
+    def endless():
+        yield b'{"n": 1,'
+        over.wait(30)
+
+    with gateway_of(served_home, engine, tmp_path / "db", limits=limits) as url, httpx.Client(base_url=url) as http:
+        made = create(http).json()
+        given = {"url": door.format(made["session"]), "headers": {**bearer(made), **JSON}}
+        long = http.post(content=iter([b"[" + b" " * 2**15] * 3), **given)
+        assert refused(long, 413, "body-too-large")["limit_bytes"] == 2**16
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(http.post, content=endless(), timeout=30, **given)
+            assert not concurrent.futures.wait([slow], 0.5).done
+            time.sleep(1.5)
+            over.set()
+            assert refused(slow.result(), 408, "body-too-slow")["limit_s"] == 1.0
 
 
 def test_a_fast_player_is_slowed_down_not_refused(served_home, engine, tmp_path):

@@ -46,6 +46,7 @@ def test_steps_sessions_and_refusals_are_counted(served):
         wanted = {  # every process sends at its own time
             "sessions": lambda f: total(f, "lampworks_sessions_live", 'model="toy@v1"') >= 1,
             "steps": lambda f: total(f, "lampworks_step_latency_s_count", 'part="model"') >= 4,
+            "counted": lambda f: total(f, "lampworks_steps") >= 4,
             "duplicates": lambda f: total(f, "lampworks_dup_steps") >= 1,
             "refusals": lambda f: total(f, "lampworks_rejected", 'reason="token-missing"') >= 1,
             "batches": lambda f: total(f, "lampworks_batch_size_count", 'model="toy@v1"') >= 4,
