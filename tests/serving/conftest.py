@@ -43,15 +43,16 @@ SAMPLER = SamplerConfig(steps=2)
 MODEL, GATEWAY = "world-toy-v1", "gateway"
 
 
-def tiny_world():
+def tiny_world(**dynamics):
     torch.manual_seed(0)
     part = TransformerConfig(layers=2, width=32, heads=2, head_size=16, ff_ratio=2, window=FRAMES)
     codes = CodebookConfig(size=64, dim=8)
     shape = {"height_px": SIZE, "width_px": SIZE, "frames": FRAMES, "encoder": part, "decoder": part}
+    dynamics |= {"rows": 4, "columns": 4, "vocabulary": 64, "actions": ACTIONS, "frames": FRAMES}
     return World(
         Tokenizer(TokenizerConfig(**shape, patch=8, codebook=codes)),
         LatentActionModel(ActionsConfig(**shape, patch=8, codebook=CodebookConfig(size=ACTIONS, dim=8))),
-        Dynamics(DynamicsConfig(rows=4, columns=4, vocabulary=64, actions=ACTIONS, frames=FRAMES, transformer=part)),
+        Dynamics(DynamicsConfig(transformer=part, **dynamics)),
         fps=10.0,
     )
 
@@ -62,9 +63,9 @@ def picture(seed=0, height=48, width=64):
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_NEAREST)
 
 
-def uninterrupted(world, prompt, seed, actions):
+def uninterrupted(world, prompt, seed, actions, title=""):
     """The frames of a session that nothing happens to, as a player sees them."""
-    state, frames = world.start(prompt[None], seed, SAMPLER), []
+    state, frames = world.start(prompt[None], seed, SAMPLER, title), []
     for action in actions:
         state, frame = world.step(state, action)
         frames.append(decode_jpeg(encode_jpeg(frame.numpy())))
