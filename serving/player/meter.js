@@ -17,9 +17,10 @@ export function measure(game) {
   parts.net = Math.max(0, newest.roundTrip - parts.queue - parts.model - parts.encode);
   for (const [name, ms] of Object.entries(parts)) {
     $("split").querySelector(`.${name}`).style.inlineSize = `${(100 * ms) / newest.roundTrip}%`;
-    const dot = document.createElement("i");
+    const item = document.createElement("span"), dot = document.createElement("i");
     dot.className = name;
-    $("split-text").append(dot, `${{ encode: "encode, commit", net: "network" }[name] ?? name} ${ms.toFixed(1)}   `);
+    item.append(dot, `${{ encode: "encode, commit", net: "network" }[name] ?? name} ${ms.toFixed(1)}`);
+    $("split-text").append(item, " ");
   }
 }
 

@@ -1,5 +1,6 @@
 """The player page in real Chromium."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -11,7 +12,19 @@ from playwright.sync_api import expect, sync_playwright
 
 from serving.client import WorldClient
 from serving.config import Limits
-from tests.serving.conftest import ACTIONS, GATEWAY, SIZE, gateway_of, picture, replicas
+from serving.engine import Engine
+from serving.store import open_store
+from tests.serving.conftest import (
+    ACTIONS,
+    GATEWAY,
+    SAMPLER,
+    SIZE,
+    gateway_of,
+    picture,
+    publish_toy,
+    replicas,
+    tiny_world,
+)
 from tests.serving.test_pictures import encoded
 
 CHROMIUM = "/usr/bin/chromium"
@@ -322,6 +335,24 @@ def test_words_are_taken_where_the_server_takes_them(page, served_home, engine, 
         page.get_by_role("button", name="Play", exact=True).click()
         expect(page.locator("#canvas")).to_have_attribute("data-step", "0")
         press(page, "2", 1)
+
+
+def test_a_world_that_knows_titles_is_told_one(page, local, tmp_path):
+    page.goto(local)
+    expect(page.locator("#play")).to_be_enabled()
+    expect(page.locator("#title-field")).to_be_hidden()
+
+    world = tiny_world(words=3, text_vocabulary=100)
+    home = publish_toy(world, tmp_path)
+    engine = Engine(world, reference="toy@v1", sampler=SAMPLER, slots=2)
+    with gateway_of(home, engine, tmp_path / "db") as url:
+        page.goto(url)
+        page.get_by_label("Title").fill("Super Lamp")
+        page.get_by_role("button", name="Play", exact=True).click()
+        expect(page.locator("#canvas")).to_have_attribute("data-step", "0")
+    engine.close()
+    with contextlib.closing(open_store(str(tmp_path / "db"))) as store:
+        assert [told["title"] for told in store.audit()] == ["Super Lamp"]
 
 
 def test_the_start_lists_worlds_and_sessions(page, served_home, engine, tmp_path):
