@@ -158,7 +158,9 @@ def register(
     client.log_model_artifacts(model.model_id, str(path))
     client.finalize_logged_model(model.model_id, "READY")
     tags = {REFERENCE_TAG: reference, FINGERPRINT_TAG: fingerprint, "lampworks.model": model.model_id}
-    made = client.create_model_version(name, model.artifact_location, run_id, tags)
+    place = model.artifact_location
+    served = model.model_id if place.startswith("mlflow-artifacts:") else None  # a server lets no other file be named
+    made = client.create_model_version(name, place, run_id, tags, model_id=served)
     held = client.get_registered_model(name).aliases
     client.set_registered_model_alias(name, CANDIDATE if CHAMPION in held else CHAMPION, made.version)
 

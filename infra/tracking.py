@@ -4,12 +4,13 @@ Everything a run says first goes into an outbox file beside the work and is sent
 same run again (found by its key), an outage only lets the outbox grow, and nothing waits for the server.
 """
 
+import functools
 import importlib.util
 import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REFUSED = "INVALID_PARAMETER_VALUE"
 OUTBOX, STATE = "tracking.jsonl", "tracking.json"
 KEY_TAG = "lampworks.key"
 PARENT_TAG = "mlflow.parentRunId"
@@ -97,10 +99,14 @@ class Run:
             del self._events[1]
         self._put({"kind": "tags", "values": {NOTE_TAG: "\n".join(self._events)}})
 
-    def close(self, status: str | None = "FINISHED") -> None:
+    @property
+    def ended(self) -> bool:
+        """Whether it was closed well before; a run that goes on after that says more and is closed again."""
+        return any(record["value"] == "FINISHED" for record in self._recorded("status"))
+
+    def close(self, status: str = "FINISHED") -> None:
         """Sends what is left and ends the run (FINISHED, FAILED or KILLED). What can't be sent stays in the outbox."""
-        if status is not None:
-            self._put({"kind": "status", "value": status})
+        self._put({"kind": "status", "value": status})
         self._closed.set()
         self._thread.join()
         self._retry_at = 0.0
@@ -171,7 +177,7 @@ class Run:
             elif record["kind"] == "tags":
                 tags |= record["values"]
             else:
-                self._send(client, record)
+                self._offer(record["kind"], functools.partial(self._send, client, record))
         self._send_batches(client, metrics, tags)
         self._sent_bytes += sum(map(len, whole))
         self._save_state()
@@ -182,10 +188,24 @@ class Run:
     ) -> None:
         from mlflow.entities import Metric, RunTag
 
+        send = functools.partial(client.log_batch, self._id())
         if tags:
-            client.log_batch(self._id(), tags=[RunTag(k, v) for k, v in tags.items()])
+            self._offer("tags", functools.partial(send, tags=[RunTag(k, v) for k, v in tags.items()]))
         for start in range(0, len(rows), BATCH):
-            client.log_batch(self._id(), metrics=[Metric(*row) for row in rows[start : start + BATCH]])
+            batch = [Metric(*row) for row in rows[start : start + BATCH]]
+            self._offer("metrics", functools.partial(send, metrics=batch))
+
+    def _offer(self, what: str, send: Callable[[], object]) -> None:
+        """Sends; what the server finds wrong is told and passed over, or it would hold up all that follows."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            send()
+        except MlflowException as error:
+            if error.error_code != REFUSED:
+                raise
+            log.warning("tracking: %s refuses %s of this run (%s); it stays in %s",
+                        self.uri, what, str(error).split("\n")[0][:200], self._outbox)  # fmt: skip
 
     def _send(self, client: "MlflowClient", record: dict[str, Any]) -> None:
         from mlflow.entities import Param
@@ -232,11 +252,13 @@ class Run:
         temporary.replace(self._state_file)
 
 
-def send_rest(config: TrackingConfig, home: Home, *, name: str, key: str, folder: Path) -> None:
-    """Sends what an ended run could not send while its server was away; see `Run`."""
+def is_told(folder: Path) -> bool:
+    """Whether the run in this folder ended well and its server has all of it, or there never was one."""
     outbox = folder / OUTBOX
-    if outbox.exists() and outbox.stat().st_size > _sent(folder)[1]:
-        Run(config, home, name=name, key=key, folder=folder).close(None)
+    if not outbox.exists():
+        return True
+    last = _parse(outbox.read_bytes().splitlines()[-1])
+    return last is not None and last.get("value") == "FINISHED" and outbox.stat().st_size == _sent(folder)[1]
 
 
 class Machine:

@@ -19,7 +19,7 @@ from infra.artifact import Artifact, find, publish
 from infra.cluster import connect
 from infra.config import Home, UserError, to_dict
 from infra.plan import DEVICES, TrainingPlan
-from infra.tracking import Run, send_rest
+from infra.tracking import Run, is_told
 from pipelines.checkpoints import Checkpoints, is_full
 from pipelines.progress import Follower
 from pipelines.spikes import read_skipped
@@ -81,7 +81,8 @@ def train(config: TrainConfig) -> Artifact:
     done = find(home, name=config.artifact_name, identity=job.identity)
     if done is not None:
         log.info("train %s: %s is this training already", config.stage, done.reference)
-        send_rest(config.tracking, home, name=config.artifact_name, key=job.identity, folder=job.folder)
+        if not is_told(job.folder):
+            _tell(_open_run(job), done)
         return done
     job.folder.mkdir(parents=True, exist_ok=True)
     for name in ("stop", REFUSED):
@@ -92,7 +93,7 @@ def train(config: TrainConfig) -> Artifact:
     count = plan.parameters
     log.info("train %s | %.2f M parameters | %d steps of %d windows | workers %d | %s",
              config.stage, count / 1e6, config.steps, config.batch, config.workers, job.folder)  # fmt: skip
-    run = Run(config.tracking, home, name=config.artifact_name, key=job.identity, folder=job.folder)
+    run = _open_run(job)
     run.params({**to_dict(job.config), "model": to_dict(job.model), "parameters": count})
     run.tags({"stage": config.stage, "identity": job.identity, **{f"parent.{k}": v for k, v in job.parents.items()}})
     peak = DEVICES[config.device].flops if config.gpu else None
@@ -107,16 +108,27 @@ def train(config: TrainConfig) -> Artifact:
         run.event(f"ended: {type(error).__name__}: {str(error)[:300]}")
         run.close("KILLED" if isinstance(error, Interrupted) else "FAILED")
         raise
-    run.tags({"artifact": made.reference})
-    for chart in sorted(made.path.glob("*.svg")):
-        run.file(chart, "figures")
-    if made.kind == "world":
-        run.model(made.path, made.reference, made.fingerprint)
-    run.event(f"published {made.reference}")
-    run.close()
+    _tell(run, made)
     shutil.rmtree(job.folder / "result")
     log.info("train %s: published %s", config.stage, made.reference)
     return made
+
+
+def _open_run(job: "Job") -> Run:
+    config = job.config
+    return Run(config.tracking, Home(config.home), name=config.artifact_name, key=job.identity, folder=job.folder)
+
+
+def _tell(run: Run, made: Artifact) -> None:
+    """Ends the run with what was made, unless a start before did and only the server was away."""
+    if not run.ended:
+        run.tags({"artifact": made.reference})
+        for chart in sorted(made.path.glob("*.svg")):
+            run.file(chart, "figures")
+        if made.kind == "world":
+            run.model(made.path, made.reference, made.fingerprint)
+        run.event(f"published {made.reference}")
+    run.close()
 
 
 def _measured(result: Path) -> dict[str, float]:

@@ -67,6 +67,20 @@ def test_an_outage_buffers_and_the_records_arrive_later(tracked_home):
     assert [m.value for m in client.get_metric_history(back.run_id, "loss")] == [3.0, 2.0]
 
 
+def test_what_the_store_refuses_is_told_and_does_not_hold_up_the_rest(tracked_home, caplog):
+    run = open_run(tracked_home)
+    run.tags({"bad\nname": "value"})
+    run.params({"also bad \t name": 1})
+    run.params({"width": 32})
+    run.metrics(0, {"loss": 1.0})
+    run.close()
+    kept = MlflowClient(tracked_home.tracking_uri).get_run(run.run_id)
+    assert kept.info.status == "FINISHED"
+    assert kept.data.params == {"width": "32"} and kept.data.metrics["loss"] == 1.0
+    assert caplog.text.count(" refuses tags of") == caplog.text.count(" refuses params of") == 1
+    assert "does not take records" not in caplog.text
+
+
 def test_a_torn_line_of_a_killed_process_is_passed_over(tracked_home):
     run = open_run(tracked_home)
     run.metrics(0, {"loss": 1.0})
