@@ -52,6 +52,12 @@ COMMANDS = {
         "pipelines.train:command",
         ("--stage",),
     ),
+    "sweep": Command(
+        "STAGE: several sizes and batches, a power law, what a budget is best spent on",
+        "pipelines.sweep_config:SweepConfig",
+        "pipelines.sweep:command",
+        ("--train.stage",),
+    ),
     "tokenize": Command(
         "[DATASET TOKENIZER]: clips -> token shards",
         "pipelines.config:TokenizeConfig",

@@ -202,6 +202,7 @@ def _curve(axes: _Axes, line: Line) -> str:
 
 def _legend(lines: Sequence[Line]) -> str:
     """Names of the curves in a row on top, where there are several."""
+    lines = [line for line in lines if line.label]
     if len(lines) < 2:
         return ""
     starts = np.cumsum([LEFT, *(40 + 6.4 * len(line.label) for line in lines)]).tolist()

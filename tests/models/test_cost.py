@@ -1,11 +1,13 @@
 """Counted costs equal what torch counts while the models run."""
 
+import time
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.cost import cost, parameters
+from models.cost import ceiling_flops, cost, memory_bytes, parameters
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "actions", "dynamics"])
@@ -28,3 +30,13 @@ def test_cache_values_are_those_of_the_real_cache(make_dynamics):
     model = make_dynamics(transformer={"layers": 4, "kv_heads": 1})
     caches = model.transformer.caches(1, 9, model.cfg.frames)
     assert cost(model.cfg).cache_values * 4 == sum(c.slot_bytes for c in caches if c is not None)
+
+
+def test_the_ceiling_is_what_products_reach_and_bounds_a_model():
+    x = torch.ones(256, 256)
+    began = time.perf_counter()
+    for _ in range(20):
+        x @ x
+    slower = 20 * 2 * 256**3 / (time.perf_counter() - began)
+    assert 0.2 * slower < ceiling_flops("cpu") < 1e14
+    assert memory_bytes("cpu") > 50e6
