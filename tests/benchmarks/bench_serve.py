@@ -44,8 +44,8 @@ from tests.serving.conftest import SAMPLER, SIZE, listening, publish_toy, tiny_w
 
 SESSIONS = (1, 8, 32)
 MODELS = ("toy", "fixed")
-SECONDS = 1.5
-ROUNDS = 5
+SECONDS = 1.2
+ROUNDS = 3
 """Turns of a server and of plain uvicorn at most sessions; medians count."""
 FREE = Limits(steps_per_s=1e6, messages_per_s=1e6, creates_per_min=10**6)
 FAST = {
