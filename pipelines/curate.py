@@ -245,6 +245,7 @@ class UnitWorker:
         self.fetch = from_dict(FetchConfig, config["fetch"])
         self.child = Child(config, digest)
         self.stage_s, self.retries = dict.fromkeys(STAGES, 0.0), 0
+        self.held, self.held_for = contextlib.ExitStack(), ""  # the last part's file
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """One unit: {"unit_id", "jobs"} in, {"unit_id", "facts", "stopped"} out; the last says why, if it did."""
@@ -289,11 +290,19 @@ class UnitWorker:
         limit_s = self.config["timeout_s"] + self.config["timeout_factor"] * decoded_s
         if job["verdict"]:
             return self._decoded(job, limit_s)
+        part = job["first_slot"] is not None
+        if job["path"] != self.held_for:
+            self.held.close()
         try:
-            with fetched(job["path"], job["ledger"]["size_bytes"], self.fetch) as got:
+            with contextlib.ExitStack() as here:
+                got = here.enter_context(fetched(job["path"], job["ledger"]["size_bytes"], self.fetch, shared=part))
                 self.stage_s["fetch"] += got.seconds
                 self.retries += got.retries
-                return self._decoded({**job, "path": str(got.path)}, limit_s)
+                result = self._decoded({**job, "path": str(got.path)}, limit_s)
+                self.held.close()
+                if part:  # the next part may come here too
+                    self.held, self.held_for = here.pop_all(), job["path"]
+                return result
         except FetchError as error:
             self.retries += error.retries
             return dead_letter("fetch", error.reason, error.detail)

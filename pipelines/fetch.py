@@ -6,6 +6,8 @@ can't be had is a `FetchError`, which becomes the video's ledger row.
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import os
 import random
 import shutil
@@ -151,13 +153,14 @@ def _opened(location: str) -> Iterator[tuple[int | None, Iterator[bytes]]]:
 
 
 @contextlib.contextmanager
-def fetched(location: str, size_bytes: int | None, policy: FetchConfig) -> Iterator[Fetched]:
+def fetched(location: str, size_bytes: int | None, policy: FetchConfig, shared: bool = False) -> Iterator[Fetched]:
     """The video as a file on this machine for the time of the block; one that is here already is not copied.
 
     Args:
         location: path or URI.
         size_bytes: as planned; another size is another video.
         policy: the limits.
+        shared: take another process's copy, if one has it now or is about to (a worker on another part of the video).
 
     Raises:
         FetchError: it can't be had.
@@ -168,13 +171,19 @@ def fetched(location: str, size_bytes: int | None, policy: FetchConfig) -> Itera
         return
     began = time.monotonic()
     with _scratch(policy) as folder:
-        got = Fetched(folder / f"video{Path(file_name(location)).suffix.lower()}")
+        name = hashlib.sha256(f"{location} {size_bytes}".encode()).hexdigest()[:32]
+        got = Fetched(folder / f"{name}{Path(file_name(location)).suffix.lower()}")
 
         def counted() -> None:
             got.retries += 1
 
+        def copy() -> None:
+            if not (shared and _linked(got.path)):
+                _copy(location, got.path, size_bytes, policy)
+
         try:
-            retried(lambda: _copy(location, got.path, size_bytes, policy), policy, counted)
+            with _turn(folder.parent, name) if shared else contextlib.nullcontext():
+                retried(copy, policy, counted)
             if not is_web(location):
                 retried(lambda: _copy_actions(place(location), got.path), policy, counted)
         except _NoRoomError as error:
@@ -183,14 +192,31 @@ def fetched(location: str, size_bytes: int | None, policy: FetchConfig) -> Itera
         yield got
 
 
+@contextlib.contextmanager
+def _turn(root: Path, name: str) -> Iterator[None]:
+    """One process at a time fetches what others may share; few locks serve all names, so that few files stay."""
+    with (root / f"lock-{name[:2]}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _linked(path: Path) -> bool:
+    """Whether another process had the same file whole; then it is at `path` too."""
+    for twin in path.parent.parent.glob(f"*/{path.name}"):
+        with contextlib.suppress(OSError):  # it goes away this moment
+            path.hardlink_to(twin)
+            return True
+    return False
+
+
 class _NoRoomError(Exception):
     """This machine can't hold a file; no trouble of the source's, so it is not tried again."""
 
 
 def _copy(location: str, target: Path, planned_bytes: int | None, policy: FetchConfig) -> None:
     deadline = time.monotonic() + policy.timeout_s
-    done = 0
-    with _opened(location) as (size, chunks), target.open("wb") as file:
+    done, coming = 0, target.with_name("coming")
+    with _opened(location) as (size, chunks), coming.open("wb") as file:
         _check_size(size, planned_bytes, policy)
         for chunk in chunks:
             done += len(chunk)
@@ -201,6 +227,7 @@ def _copy(location: str, target: Path, planned_bytes: int | None, policy: FetchC
     if size is not None and done != size:
         raise FetchError("unreachable", f"{done} of {size} bytes came", passing=True)
     _check_size(done, planned_bytes, policy)
+    coming.rename(target)
 
 
 def _check_size(size: int | None, planned_bytes: int | None, policy: FetchConfig, done: int = 0) -> None:
@@ -229,8 +256,8 @@ def _scratch(policy: FetchConfig) -> Iterator[Path]:
     """A folder of this process, gone after the block; those that killed processes left go first."""
     root = Path(policy.scratch or tempfile.gettempdir()) / f"lampworks-fetch-{os.getuid()}"
     root.mkdir(parents=True, exist_ok=True)
-    for old in root.iterdir():
-        if not Path(f"/proc/{old.name.partition('-')[0]}").exists():
+    for old in root.glob("*-*"):
+        if old.is_dir() and not Path(f"/proc/{old.name.partition('-')[0]}").exists():
             shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{os.getpid()}-", dir=root) as folder:
         yield Path(folder)

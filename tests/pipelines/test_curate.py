@@ -6,6 +6,7 @@ from pipelines.curate import curate
 from pipelines.shards import KEPT, open_dataset, versions
 from pipelines.video import decode_clip
 from tests.pipelines.footage import EXPECTED, corpus, film, scroll, settings
+from tests.pipelines.remote import Web
 
 CLIP = 20
 
@@ -120,6 +121,15 @@ def test_a_long_video_is_the_work_of_several_units_with_a_ledger_row_each(tmp_pa
     ]
     again = curate(settings(tmp_path / "parts", raw, part_s=10.0))  # what is planned stays as it was
     assert again.version == parts.version
+
+
+def test_a_worker_fetches_the_parts_of_a_video_once(tmp_path, ray_cluster):
+    film(tmp_path / "raw", "long", scroll(400, seed=1))
+    with Web(tmp_path / "raw") as web:
+        result = curate(settings(tmp_path / "far", f"{web.url}/long.mp4", part_s=8.0, workers=1))
+        assert [name for how, name in web.asked if how == "GET" and name == "/long.mp4"] == ["/long.mp4"]
+    assert result.outcomes == {"kept": 3}
+    assert result.clips == 10
 
 
 def without(row, names):

@@ -147,6 +147,33 @@ def test_what_killed_workers_left_is_cleared(web, tmp_path):
     assert [p.name for p in root.iterdir()] == [f"{os.getpid()}-y"]
 
 
+def test_workers_on_parts_of_one_video_share_its_copy(web, tmp_path):
+    """Five processes want the file at the same time, a sixth while one of them holds it: it crosses the wire once."""
+    (tmp_path / "web" / "large.mp4").write_bytes(DATA * 100)
+    script = f"""
+import sys
+from pathlib import Path
+from pipelines.config import FetchConfig
+from pipelines.fetch import fetched
+with fetched("{web.url}/large.mp4", None, FetchConfig(scratch=Path({str(tmp_path / "scratch")!r})), shared=True) as got:
+    print(got.path.stat().st_size, flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", script]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(command, **pipes) for _ in range(5)]
+    assert [int(worker.stdout.readline()) for worker in workers] == [len(DATA) * 100] * 5
+    for worker in workers[:4]:
+        worker.communicate()
+    last = subprocess.run(command, input="", capture_output=True, text=True, timeout=60)
+    assert int(last.stdout) == len(DATA) * 100
+    workers[4].communicate()
+    assert web.asked == [("GET", "/large.mp4")]
+    assert [p for p in leftovers(tmp_path) if not p.name.startswith("lock-")] == []
+    with fetched(f"{web.url}/large.mp4", None, policy(tmp_path), shared=True):
+        assert len(web.asked) == 2, "nobody held it any more"
+
+
 def test_small_files_are_read_whole(web, tmp_path, monkeypatch):
     (tmp_path / "web" / "a.info.json").write_text("{}")
     assert read_small(f"{web.url}/a.info.json") == b"{}"
