@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.cluster import environment
 from infra.config import ClusterConfig, Home
@@ -24,9 +25,13 @@ from pipelines.stages import plan_job
 from pipelines.train import train
 from tests.pipelines.ranks import config
 
-NODE = {"num_cpus": 1.2}
-"""One trainer, and room for readers."""
+NODE = {"num_cpus": 1}
+"""One trainer."""
 NOTICE_S = 30
+
+
+class Held:
+    """Holds a share of the head's CPU."""
 
 
 def journal(job):
@@ -73,13 +78,16 @@ def happen(cluster, job, what, step):
 
 def main(home, changes, what, step):
     os.environ.update(environment())
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0.5, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         for _ in range(2):
             cluster.add_node(**NODE)
         settings = config(Home(home), workers=2, cluster=ClusterConfig(address=cluster.address), **json.loads(changes))
         job = plan_job(settings)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        held = ray.remote(num_cpus=0.5, scheduling_strategy=here)(Held).remote()  # leaves room for readers only
+        ray.get(held.__ray_ready__.remote())
         threading.Thread(target=happen, args=(cluster, job, what, int(step)), daemon=True).start()
         train(settings)
         say(did="trained")

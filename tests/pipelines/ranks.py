@@ -10,6 +10,8 @@ import socket
 import time
 from dataclasses import replace
 
+import numpy as np
+
 from pipelines.checkpoints import Checkpoints
 from pipelines.presets import tiny_world
 from pipelines.stages import plan_job
@@ -86,10 +88,17 @@ def killed(settings, seed, lives=2, world=2):
     return [line["at"] for line in map(json.loads, journal.read_text().splitlines()) if "pid" in line]
 
 
-def _dying(batches, until, step, per_step):
+LOUD = (18, 20)
+"""Steps whose frames are noise, in trainings that watch for spikes."""
+
+
+def _dying(batches, settings, until, step, per_step):
     for n, batch in enumerate(batches):
         if until is not None and step + n / per_step > until:
             raise Until
+        if settings.spike_factor and step + n // per_step in LOUD:
+            noise = np.random.default_rng(int(batch["sample"][0]))
+            batch["frames"] = noise.integers(0, 256, batch["frames"].shape, np.uint8)
         yield batch
 
 
@@ -128,8 +137,9 @@ def _rank(rank, world, port, work, said):
             engine = ZeroEngine(build(job), settings, job.folder, found[1] if found else None)
             step = found[1]["step"] if found else 0
             batches = local_batches(job.source, job.schedule(), step, rank, world)
+            dying = _dying(batches, settings, until, step, settings.batch // settings.micro_batch // world)
             with contextlib.suppress(Until):
-                Loop(job, engine, _dying(batches, until, step, settings.batch // settings.micro_batch // world)).run()
+                Loop(job, engine, dying).run()
             _assert_alike(engine)
     except Exception as error:
         said.put(f"rank {rank}: {type(error).__name__}: {error}")
