@@ -136,18 +136,8 @@ def settle_ledger(writer: Writer, filters: FilterConfig, scores: Mapping[str, fl
         The dataset's version.
     """
     rows = _judged(writer.folder)
-    bare: dict[str, Any] = {"copied_share": None, "copy_of": None}
-    fresh: list[dict[str, Any]] = [{**row, "windows": [{**w, **bare} for w in row["windows"]]} for row in rows]
-    ranks: dict[str, tuple[Any, ...]] = {}
-    videos = {w["clip_id"]: row["video_id"].partition("#")[0] for row in fresh for w in row["windows"]}
-    for row in fresh:
-        for window in row["windows"]:
-            if scores is not None:
-                window["quality"] = scores.get(window["clip_id"] or "")
-            if window["clip_id"] and not judge(window, filters):
-                ranks[window["clip_id"]] = (*_rank(row), window["start_s"])
-    pairs = read_pairs(writer.folder)  # a copy of the very file has the same clips, which are none of one another
-    shares = copied(ranks, [pair for pair in pairs if videos.get(pair["a"]) != videos.get(pair["b"])])
+    fresh: list[dict[str, Any]] = [{**row, "windows": [_alone(w, scores) for w in row["windows"]]} for row in rows]
+    shares = _shares(writer.folder, fresh, filters)
     changes: dict[str, dict[str, Any]] = {}
     for row, before in zip(fresh, rows, strict=True):
         for window in row["windows"]:
@@ -159,6 +149,21 @@ def settle_ledger(writer: Writer, filters: FilterConfig, scores: Mapping[str, fl
     if changes:
         log.info("curate | scores and copies changed %d videos", len(changes))
     return writer.amend(changes, "scores and copies")
+
+
+def _alone(window: dict[str, Any], scores: Mapping[str, float] | None) -> dict[str, Any]:
+    """A window with its score, as if nothing were a copy of anything."""
+    scored = {} if scores is None else {"quality": scores.get(window["clip_id"] or "")}
+    return {**window, "copied_share": None, "copy_of": None, **scored}
+
+
+def _shares(folder: Path, rows: list[dict[str, Any]], filters: FilterConfig) -> dict[str, tuple[float, str]]:
+    """Of clips that pass alone: how much of each is in better ones, and in which most (see `dedup.copied`)."""
+    windows = [(row, window) for row in rows for window in row["windows"] if window["clip_id"]]
+    videos = {window["clip_id"]: row["video_id"].partition("#")[0] for row, window in windows}
+    ranks = {w["clip_id"]: (*_rank(row), w["start_s"]) for row, w in windows if not judge(w, filters)}
+    pairs = read_pairs(folder)  # a copy of the very file has the same clips, which are none of one another
+    return copied(ranks, [pair for pair in pairs if videos.get(pair["a"]) != videos.get(pair["b"])])
 
 
 def _rank(row: dict[str, Any]) -> tuple[Any, ...]:

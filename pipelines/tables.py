@@ -137,18 +137,7 @@ def append(
     marks = [Transaction(app_id=unit, version=1) for unit, _ in files]
     properties = CommitProperties(custom_metadata=facts, app_transactions=marks)
     if table is None:
-        root.mkdir(parents=True, exist_ok=True)
-        uri, options = delta_location(root)
-        create_table_with_add_actions(
-            uri,
-            Schema.from_arrow(schema),
-            [_add(path) for _, path in files],
-            mode="error",
-            name=root.name,
-            storage_options=options,
-            commit_properties=properties,
-            post_commithook_properties=KEEP_LOG,
-        )
+        _create(root, schema, [_add(path) for _, path in files], properties)
         return 0
     if without:
         actions += _rewritten(root, table, schema, lambda row: None if row["video_id"] in without else row, without)
@@ -163,6 +152,21 @@ def append(
     if table.version() % CHECKPOINT_EVERY == 0:
         table.create_checkpoint()
     return table.version()
+
+
+def _create(root: Path, schema: pa.Schema, actions: list[AddAction], properties: CommitProperties) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    uri, options = delta_location(root)
+    create_table_with_add_actions(
+        uri,
+        Schema.from_arrow(schema),
+        actions,
+        mode="error",
+        name=root.name,
+        storage_options=options,
+        commit_properties=properties,
+        post_commithook_properties=KEEP_LOG,
+    )
 
 
 def knows(table: DeltaTable | None, unit_id: str) -> bool:
