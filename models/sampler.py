@@ -261,11 +261,7 @@ class Decoder:
         """Write caches anew from the kept frames of windows of one length, frame by frame: as commit passes do."""
         sessions = [self._session(i) for i in slots]
         for session in sessions:
-            w = session.window
-            keep = self._kept if self._full(session) or self.sampler.policy == "rolling" else len(w.tokens)
-            w.tokens, w.actions = w.tokens[-keep:], w.actions[-keep:][1:] if len(w.actions) >= keep else w.actions
-            session.position = w.step - len(w.tokens) + 1 if self.sampler.policy == "rolling" else 0
-            session.cached = 0
+            self._rewind(session)
         for frame in range(len(sessions[0].window.tokens) if sessions else 0):
             for slot, session in zip(slots, sessions, strict=True):
                 w = session.window
@@ -279,6 +275,15 @@ class Decoder:
                 session.cached += 1
         for slot, session in zip(slots, sessions, strict=True):
             self._start(slot, session)
+
+    def _rewind(self, session: _Slot) -> None:
+        """Forget what memory has no room for, and stand before the first frame of the rest."""
+        w, rolling = session.window, self.sampler.policy == "rolling"
+        if rolling or self._full(session):
+            w.tokens = w.tokens[-self._kept :]
+            w.actions = w.actions[max(0, len(w.actions) - len(w.tokens) + 1) :]
+        session.position = w.step - len(w.tokens) + 1 if rolling else 0
+        session.cached = 0
 
     def _pass(self, group: list[int]) -> list[Finished]:
         """One pass over these slots: some refine a frame, some commit theirs."""
