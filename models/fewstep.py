@@ -1,53 +1,19 @@
-"""Fewer refinement steps: their quality curve, and a student that is taught what its teacher draws in many.
+"""Fewer refinement steps: a student that is taught what its teacher draws in many.
 
-Drawing in few steps changes the distribution, so it is never offered without the curve.
+Drawing in few steps changes the distribution: `lampworks evaluate --steps` draws the curve.
 """
-
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from models.attention import Clock
-from models.config import ModelError, SamplerConfig
+from models.config import ModelError
 from models.dynamics import Dynamics
 from models.maskgit import draw, halton_order, reveal_counts
-from models.metrics import psnr
 from models.noise import uniform, uniform_for
-from models.sampler import Window
-from models.world import World
 
 _STAGE, _ORDER, _DRAW = 31, 32, 33  # streams of random draws
-
-
-@dataclass(frozen=True)
-class Point:
-    """One number of steps: PSNR in dB per frame of the rollout, and seconds per generated frame of one session."""
-
-    steps: int
-    psnr_db: list[float]
-    frame_s: float
-
-
-def quality_curve(
-    world: World,
-    windows: list[Window],
-    actions_BT: Tensor,
-    truth_BTHWC: Tensor,
-    sampler: SamplerConfig,
-    steps: Sequence[int] = (1, 2, 4, 8, 16, 25),
-) -> list[Point]:
-    """Roll out the same prompts, actions and seeds with each number of steps, against the true frames uint8."""
-    points = []
-    for count in steps:
-        start = perf_counter()
-        frames = world.rollout(windows, actions_BT, replace(sampler, steps=count))
-        took = (perf_counter() - start) / actions_BT.numel()
-        points.append(Point(count, psnr(frames, truth_BTHWC.cpu()).mean(0).tolist(), took))
-    return points
 
 
 class Distillation(nn.Module):

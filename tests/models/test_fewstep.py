@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from models.config import ModelError, SamplerConfig
-from models.fewstep import Distillation, quality_curve
+from models.config import ModelError
+from models.fewstep import Distillation
 
 
 def batch_of(count: int = 16, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -28,18 +28,6 @@ def train(model, steps: int, rate: float) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-
-def test_the_curve_has_a_point_per_number_of_steps(make_world, clip):
-    world = make_world()
-    windows = [world.prompt_window(clip(1, 2, i)[0], i) for i in range(2)]
-    actions = torch.tensor([[0, 1], [2, 1]])
-    truth = world.rollout(windows, actions, SamplerConfig(steps=4, order="halton"))
-    points = quality_curve(world, windows, actions, truth, SamplerConfig(order="halton"), steps=(1, 4))
-    assert [p.steps for p in points] == [1, 4]
-    assert points[1].psnr_db == [50.0, 50.0]
-    assert points[0].psnr_db[0] < 50
-    assert points[0].frame_s > 0
 
 
 def test_the_student_learns_what_its_teacher_draws(make_dynamics):
