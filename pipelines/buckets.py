@@ -2,7 +2,8 @@
 
 `place("s3://bucket/prefix")` takes credentials, region and endpoint from the environment as every AWS tool does
 (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, ...), or an endpoint from the URI itself:
-`s3://bucket/prefix?endpoint_override=host:9000&scheme=http`. Google's `gs://` goes the same way.
+`s3://bucket/prefix?endpoint_override=host:9000&scheme=http`. Google's `gs://` goes the same way, with Google's default
+credentials, or `gs://anonymous@bucket/prefix` where anybody may read.
 """
 
 import functools
@@ -21,21 +22,29 @@ from typing_extensions import override
 from infra.config import UserError
 
 SCHEMES = ("s3", "gs")
+_ANYBODY = "anonymous@"
 _OPTIONS = re.compile(r"\?((?:endpoint_override|scheme|region)=.*)$")
 
 
 class BucketPath(PosixPath):
     """A file or folder of an object store with those methods of a path that batch work needs.
 
-    A method that is not here would need a local file, and fails with TypeError. The first part is the scheme with its
-    options, so the path stands for itself in any process.
+    A method that is not here would need a local file, and fails with TypeError. The first part is the scheme with who
+    asks and the options (`gs:anonymous@?scheme=http`), so the path stands for itself in any process.
     """
 
     __slots__ = ()
 
     def __str__(self) -> str:
         """With its options: what `place` takes."""
-        return self.uri + self.parts[0].partition(":")[2]
+        scheme, user, query = self._head
+        return f"{scheme}://{user}{self.key}{query}"
+
+    @property
+    def _head(self) -> tuple[str, str, str]:
+        scheme, _, rest = self.parts[0].partition(":")
+        user = _ANYBODY if rest.startswith(_ANYBODY) else ""
+        return scheme, user, rest.removeprefix(user)
 
     @override
     def __fspath__(self) -> NoReturn:
@@ -44,8 +53,7 @@ class BucketPath(PosixPath):
     @property
     def uri(self) -> str:
         """Without options: what other engines take, and what a ledger names."""
-        scheme, *rest = self.parts
-        return f"{scheme.partition(':')[0]}://{'/'.join(rest)}"
+        return f"{self._head[0]}://{self.key}"
 
     @property
     def options(self) -> dict[str, str]:
@@ -55,10 +63,9 @@ class BucketPath(PosixPath):
     @property
     def system(self) -> fs.FileSystem:
         """The object store."""
-        head, bucket = self.parts[:2]
-        scheme, _, query = head.partition(":")
+        scheme, user, query = self._head
         surroundings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "GOOGLE_"))))
-        return _system(f"{scheme}://{bucket}{query}", surroundings)
+        return _system(f"{scheme}://{user}{self.parts[1]}{query}", surroundings)
 
     @property
     def key(self) -> str:
@@ -195,7 +202,8 @@ def place(text: str) -> Path:
     parts = [part for part in _OPTIONS.sub("", rest).split("/") if part]
     if not parts:
         raise UserError(f"{text} names no bucket: give {scheme}://bucket/prefix")
-    return BucketPath(f"{scheme}:{options.group() if options else ''}", *parts)
+    user = _ANYBODY if parts[0].startswith(_ANYBODY) else ""
+    return BucketPath(f"{scheme}:{user}{options.group() if options else ''}", parts[0].removeprefix(user), *parts[1:])
 
 
 def delta_location(root: Path) -> tuple[str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Real servers for tests of what lies elsewhere: an S3 endpoint (moto, a process) and a web server with bad days."""
+"""Real servers for tests of what lies elsewhere: S3 and Google endpoints (processes) and a web server with bad days."""
 
 import contextlib
 import http.server
@@ -18,12 +18,25 @@ from pipelines.buckets import place
 @contextlib.contextmanager
 def s3_server(**environment):
     """An S3 endpoint in a process of its own; yields host:port."""
+    with _server(["-m", "moto.server", "-H", "127.0.0.1", "-p"], environment) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def gcs_server(bucket):
+    """A Google Cloud Storage endpoint in a process of its own, with one bucket; yields host:port."""
+    words = ["-m", "gcp_storage_emulator", "start", "-M", "-H", "127.0.0.1", "--default-bucket", bucket, "--port"]
+    with _server(words, {}) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def _server(words, environment):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, **environment})  # fmt: skip
+    process = subprocess.Popen([sys.executable, *words, str(port)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, **environment})  # fmt: skip
     try:
         for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):

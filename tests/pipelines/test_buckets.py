@@ -7,13 +7,15 @@ from deltalake import DeltaTable
 from infra.config import UserError
 from pipelines.buckets import BucketPath, delta_location, place
 from pipelines.config import TokenizeConfig
+from pipelines.curate import curate
 from pipelines.shards import VIDEO_SCHEMA, DatasetError, open_dataset, versions
 from pipelines.tables import write_shard
 from pipelines.tokenize import tokenize
 from pipelines.train import train
 from tests.pipelines.clips import write_dataset
+from tests.pipelines.footage import corpus, settings
 from tests.pipelines.ranks import config
-from tests.pipelines.remote import upload
+from tests.pipelines.remote import gcs_server, upload
 from tests.pipelines.test_shards import unit
 
 FAR = "s3://bucket/pre fix/\u00fc?endpoint_override=host:9000&scheme=http"
@@ -27,6 +29,28 @@ def test_a_path_knows_where_it_lies_in_any_process():
     assert pickle.loads(pickle.dumps(path)) == path == place(str(path))
     assert (path / "a.mp4").with_name("b").parent == path
     assert place("/here/\u00fc") == type(place("/"))("/here/\u00fc")
+
+
+def test_anybodys_path_says_so():
+    text = "gs://anonymous@bucket/a b?endpoint_override=host:9000&scheme=http"
+    path = place(text)
+    assert str(path) == text
+    assert str(path / "c") == text.replace("a b", "a b/c")
+    assert path.uri == "gs://bucket/a b"
+    assert pickle.loads(pickle.dumps(path)) == path == place(str(path))
+
+
+def test_google_is_read_like_a_folder(tmp_path, ray_cluster):
+    raw = corpus(tmp_path / "raw")
+    with gcs_server("crawl") as address:
+        there = upload(raw, "gs://anonymous@crawl/2026/raw", f"?endpoint_override={address}&scheme=http")
+        far = curate(settings(tmp_path / "far", there))
+    near = curate(settings(tmp_path / "near", raw))
+    columns = ["video_id", "outcome"]
+    rows = [{row["video_id"]: row for row in made.dataset.video_table(columns).to_pylist()} for made in (far, near)]
+    assert rows[0] == rows[1]
+    clips = [made.dataset.clip_table(["clip_id", "video"]).sort_by("clip_id") for made in (far, near)]
+    assert clips[0] == clips[1]
 
 
 def test_no_local_file_is_made_or_read_for_it():
