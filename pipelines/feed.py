@@ -293,7 +293,7 @@ def stream(source: Samplable, schedule: Schedule, step: int) -> "ray.data.Datase
         Reader,
         fn_constructor_args=(source, schedule.micro_batch),
         batch_size=None,
-        num_cpus=0.1,
+        num_cpus=0,  # a share would keep a trainer off a node that is counted by whole CPUs
         compute=ray.data.ActorPoolStrategy(size=source.feed.readers),
     )
     if each > 1:  # Ray would join small blocks: with this limit it ends one after each micro-batch

@@ -213,7 +213,8 @@ class Loop:
             engine.load(folder, manifest)
             if self.average is not None:
                 self.average.weights = torch.load(folder / "average.pt", map_location=engine.device, weights_only=True)
-        self.saved, self.watch.seen, self.bad = manifest["step"], manifest["seen"], manifest["bad"]
+        self.saved, self.bad = manifest["step"], manifest.get("bad", [])  # earlier releases wrote neither
+        self.watch.seen |= manifest.get("seen", {})
         self.checkpoints.floor = self.bad[0][0] if self.bad else None
         self.journal.event(
             f"continued at step {manifest['step']} with {engine.world} workers (before: {manifest['world']})"

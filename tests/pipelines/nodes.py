@@ -13,11 +13,11 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.cluster import environment
 from infra.config import ClusterConfig, Home
@@ -28,10 +28,6 @@ from tests.pipelines.ranks import config
 NODE = {"num_cpus": 1}
 """One trainer."""
 NOTICE_S = 30
-
-
-class Held:
-    """Holds a share of the head's CPU."""
 
 
 def journal(job):
@@ -67,6 +63,15 @@ def drain(cluster, node):
     lose(cluster, node)
 
 
+def training(settings):
+    """In a thread, since only the main one can start nodes; what fails there ends it all, so that nobody waits."""
+    try:
+        train(settings)
+    except BaseException:  # noqa: BLE001 whatever it is
+        traceback.print_exc()
+        os._exit(3)
+
+
 def happen(cluster, job, what, step):
     while not any(line.get("step", -1) >= step for line in journal(job)):
         time.sleep(0.05)
@@ -78,18 +83,17 @@ def happen(cluster, job, what, step):
 
 def main(home, changes, what, step):
     os.environ.update(environment())
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         for _ in range(2):
             cluster.add_node(**NODE)
         settings = config(Home(home), workers=2, cluster=ClusterConfig(address=cluster.address), **json.loads(changes))
         job = plan_job(settings)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        held = ray.remote(num_cpus=0.5, scheduling_strategy=here)(Held).remote()  # leaves room for readers only
-        ray.get(held.__ray_ready__.remote())
-        threading.Thread(target=happen, args=(cluster, job, what, int(step)), daemon=True).start()
-        train(settings)
+        trainer = threading.Thread(target=training, args=(settings,))
+        trainer.start()
+        happen(cluster, job, what, int(step))
+        trainer.join()
         say(did="trained")
     finally:
         ray.shutdown()

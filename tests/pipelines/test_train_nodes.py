@@ -12,7 +12,8 @@ from pipelines.stages import plan_job
 from tests.pipelines.nodes import journal
 from tests.pipelines.ranks import config, losses, run_ranks
 
-GOES_ON_S = 60
+GOES_ON_S = 180
+"""On a machine with much else to do; a quiet one takes a minute at most (docs/training.md)."""
 
 
 def lost_at(place, what, step, **changes):
@@ -25,16 +26,18 @@ def lost_at(place, what, step, **changes):
     return settings, journal(plan_job(settings)), said
 
 
-def first_step_after(lines, moment):
-    """When the first step of the workers that were started after this moment was told of."""
+def goes_on_after(lines, moment):
+    """Seconds until the first step of the workers that were started after this moment was told of."""
     start = next(line["time_s"] for line in lines if "pid" in line and line["time_s"] > moment)
-    return next(line["time_s"] for line in lines if "step" in line and line["time_s"] > start)
+    took = next(line["time_s"] for line in lines if "step" in line and line["time_s"] > start) - moment
+    print(f"the first step came {took:.0f} s after the node's death was seen")
+    return took
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_lost_node_is_replaced_and_nothing_changes(place, seed):
     settings, lines, said = lost_at(place, "replaced", 7 + seed, name="lost", steps=40, checkpoint_every=4, seed=seed)
-    assert first_step_after(lines, said["seen"]) - said["seen"] < GOES_ON_S
+    assert goes_on_after(lines, said["seen"]) < GOES_ON_S
     still = replace(settings, name="still")
     run_ranks([(still, None)])
     assert losses(plan_job(settings).folder) == losses(plan_job(still).folder)
@@ -44,7 +47,7 @@ def test_a_lost_node_is_replaced_and_nothing_changes(place, seed):
 def test_without_a_replacement_fewer_workers_go_on(place):
     few = {"name": "few", "steps": 40, "checkpoint_every": 4, "min_workers": 1}
     settings, lines, said = lost_at(place, "fewer", 7, **few)
-    assert first_step_after(lines, said["seen"]) - said["seen"] < GOES_ON_S
+    assert goes_on_after(lines, said["seen"]) < GOES_ON_S
     assert [line["world"] for line in lines if "pid" in line] == [2, 1]
     still = replace(settings, name="still", min_workers=None)
     run_ranks([(still, None)])
@@ -53,11 +56,11 @@ def test_without_a_replacement_fewer_workers_go_on(place):
 
 @pytest.mark.slow
 def test_a_notice_calls_for_a_checkpoint_at_once_and_another_shortly_before_the_end(place):
-    many = {"name": "noticed", "steps": 2000, "checkpoint_every": 10_000}
+    many = {"name": "noticed", "steps": 500, "checkpoint_every": 10_000}
     settings, lines, said = lost_at(place, "drained", 7, **many)
     told = [line["event"] for line in lines if "goes in" in line.get("event", "")]
     assert len(told) == 2, told
     saved = [line["checkpoint"] for line in lines if "checkpoint" in line]
     starts = [line["at"] for line in lines if "pid" in line]
     assert starts == [0, saved[1]]
-    assert first_step_after(lines, said["seen"]) - said["seen"] < GOES_ON_S
+    assert goes_on_after(lines, said["seen"]) < GOES_ON_S
