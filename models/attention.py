@@ -47,6 +47,7 @@ class Clock:
         cell: cache cell that the new frame is written to, int64 (S,).
         turns: rotations of the new frame (S, head_size/2, 2).
         hidden: 0 for cells that the new frame sees, minus infinity for others (S, cells).
+        used: no slot sees a cell from this one on.
     """
 
     rows: slice | Tensor
@@ -54,6 +55,7 @@ class Clock:
     cell: Tensor
     turns: Tensor
     hidden: Tensor
+    used: int
 
     @classmethod
     def at(
@@ -65,6 +67,7 @@ class Clock:
         window: int,
         head_size: int,
         dtype: torch.dtype,
+        used: int | None = None,
     ) -> "Clock":
         """For new frames at `position_S` of streams whose cached frames begin at `first_S`, in a ring of `cells`."""
         device = position_S.device
@@ -73,7 +76,7 @@ class Clock:
         seen = (age < window) & (position_S[:, None] - age >= first_S[:, None])
         hidden = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
         turns = rotation(position_S, head_size, dtype)
-        return cls(rows, index, torch.remainder(position_S, cells), turns, hidden)
+        return cls(rows, index, torch.remainder(position_S, cells), turns, hidden, cells if used is None else used)
 
 
 class Cache:
@@ -182,7 +185,8 @@ class TemporalAttention(_Heads):
         q = q.reshape(len(hidden), -1, self.size) * self.size**-0.5
         small = q[0].numel() * len(keys) < 400 and q.shape[1] == 1  # 400 is torch's own bound, in bmm
         if small and not x_SND.is_cuda:
-            return self.out(_cell_by_cell(q[:, 0], keys, values, hidden.T).view(S, N, -1))
+            used = clock.used  # cells that nobody sees add zeros at the end of sums: the same bits without them
+            return self.out(_cell_by_cell(q[:, 0], keys[:used], values[:used], hidden.T[:used]).view(S, N, -1))
         scores = torch.baddbmm(hidden[:, None], q, keys.permute(1, 2, 0))
         return self.out((scores.softmax(-1) @ values.transpose(0, 1)).reshape(S, N, -1))
 
