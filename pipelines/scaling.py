@@ -145,7 +145,7 @@ def chart(curves: Sequence[Curve], law: Law) -> str:
         spans += x
         lines.append(Line(label=curve.size, x=x, y=[loss for _, loss in points], tone=tone))
         lines.append(Line(label="", x=x, y=[law.loss(curve.parameters, t) for t in tokens], tone=tone, dashed=True))
-    budgets = np.linspace(min(spans), max(spans), 24)
+    budgets = np.linspace(min(spans), max(spans), 32)
     best = [law.loss(*law.best(10.0**c)) for c in budgets]
     lines.append(Line(label="best by the law", x=budgets.tolist(), y=best, tone=len(curves), dashed=True))
     return line_chart(lines, x_label="operations, as a power of 10", y_label="loss")
