@@ -5,15 +5,17 @@ MLflow from the training's journal, and publishes the result. All state lies in 
 tracking outbox, so driver, workers and nodes may die at any time: the same command goes on.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from infra.artifact import Artifact, find, publish
 from infra.cluster import connect
@@ -161,31 +163,45 @@ def _run(job: "Job", follower: Follower) -> None:
 def _followed(job: "Job", follower: Follower, work: Callable[["Job"], None]) -> None:
     """The work in a thread, so that this one can tell of progress and take Ctrl-C."""
     failed: list[BaseException] = []
+    done = threading.Event()
 
     def body() -> None:
         try:
             work(job)
         except BaseException as error:  # noqa: BLE001 carried to the main thread and raised there
             failed.append(error)
+        finally:
+            done.set()
 
-    if threading.current_thread() is threading.main_thread():  # a scheduler's SIGTERM is taken as Ctrl-C, here only
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    thread = threading.Thread(target=body, name="training")
-    thread.start()
-    stopped = False
-    while thread.is_alive():
-        try:
-            thread.join(POLL_S)
+    with _stoppable(job.folder / "stop"):
+        threading.Thread(target=body, name="training").start()
+        while not done.wait(POLL_S):  # joining the thread would call it ended when a signal comes (Python 3.11)
             follower.follow()
-        except KeyboardInterrupt:
-            if stopped:
-                raise
-            stopped = True
-            (job.folder / "stop").touch()
-            log.warning("interrupted: waiting for a checkpoint (again to leave without one)")
     follower.follow()
     if failed:
         raise failed[0]
+
+
+@contextlib.contextmanager
+def _stoppable(stop: Path) -> Iterator[None]:
+    """Ctrl-C, and a scheduler's SIGTERM, ask for a checkpoint by the stop file; the second one interrupts."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.exists():
+            raise KeyboardInterrupt
+        stop.touch()
+        log.warning("interrupted: waiting for a checkpoint (again to leave without one)")
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job
+                before[number] = signal.signal(number, ask) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _here(job: "Job") -> None:
