@@ -1,11 +1,12 @@
 """The paper's models as presets, with computed sizes beside the published ones (tables 5, 7, 10-12, appendix F)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.config import ActionsConfig, CodebookConfig, DynamicsConfig, TokenizerConfig, TransformerConfig, WorldConfig
 from models.cost import cost
 from pipelines.presets import toy_world
+from pipelines.train_config import FeedConfig, OptimizerConfig, TrainConfig
 
 _FRAMES = 16
 
@@ -109,6 +110,37 @@ WORLDS: dict[str, Callable[[], WorldConfig]] = {
     **{name: lambda shape=shape: _genie(*shape) for name, (shape, _) in _SHAPES.items()},
 }
 NAMES = ("toy", "coinrun", "tokenizer-200m", "lam-300m", *_SHAPES)
+
+
+def genie_11b_training() -> TrainConfig:
+    """The final model's dynamics and latent action model, co-trained (paper, section 3.2 and table 9), on 64 H200.
+
+    Where the paper shards everything (ZeRO-3 on TPUs), optimizer states do here, which fits from 8 H200 on.
+    """
+    world = WORLDS["genie-11b"]()
+    actions = replace(
+        world.actions, encoder=_recomputed(world.actions.encoder), decoder=_recomputed(world.actions.decoder)
+    )
+    dynamics = replace(world.dynamics, transformer=_recomputed(world.dynamics.transformer))
+    batch, steps, _ = _TRAINING["genie-11b"]
+    return TrainConfig(
+        stage="world",
+        model=replace(world, actions=actions, dynamics=dynamics),
+        batch=batch,
+        micro_batch=2,
+        steps=steps,
+        optimizer=OptimizerConfig(lr=3e-5, final_lr=3e-6, schedule="cosine", warmup_steps=5000),
+        zero=1,
+        precision="bf16",
+        gpu=True,
+        workers=64,
+        picture_every=5000,
+        feed=FeedConfig(readers=64),
+    )
+
+
+def _recomputed(shape: TransformerConfig) -> TransformerConfig:
+    return replace(shape, checkpointing=True)
 
 
 @dataclass(frozen=True)

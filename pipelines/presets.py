@@ -188,6 +188,12 @@ def tiny_path(home: Path = Path("lampworks-home")) -> PathConfig:
     )
 
 
+def _genie_11b() -> TrainConfig:
+    from pipelines.paper import genie_11b_training  # which stands on this file
+
+    return genie_11b_training()
+
+
 COMMAND_PRESETS: dict[str, dict[str, Callable[[], Any]]] = {
     "record": {"demo": lambda: demo_path().record, "tiny": lambda: tiny_path().record},
     "curate": {"demo": lambda: demo_path().curate, "tiny": lambda: tiny_path().curate},
@@ -196,6 +202,7 @@ COMMAND_PRESETS: dict[str, dict[str, Callable[[], Any]]] = {
         "demo-world": lambda: demo_path().world,
         "tiny-tokenizer": lambda: tiny_path().tokenizer,
         "tiny-world": lambda: tiny_path().world,
+        "genie-11b": _genie_11b,
     },
 }
 """command -> preset name -> the command's configuration (`lampworks COMMAND --preset NAME`)."""
