@@ -18,6 +18,8 @@ POINTS = 8
 """Of a curve that enter the fit, evenly spread over the logarithm of its steps."""
 SETTLED = 0.25
 """Share of the steps that a curve needs to be on the law at all: warm-up and the first unlearning are left out."""
+LEAST, MOST = 0.01, 3.0
+"""Exponents that are tried."""
 HUBER = 1e-2
 """Errors of the log loss above this count linearly, as that paper does; its curves are smoother (1e-3)."""
 
@@ -64,6 +66,7 @@ class Law:
         d, beta: of the term in tokens.
         token_flops: operations of training per token and parameter.
         error: root mean square of the relative error at the points.
+        sizes: how many were fitted.
     """
 
     floor: float
@@ -73,6 +76,12 @@ class Law:
     beta: float
     token_flops: float
     error: float
+    sizes: int
+
+    @property
+    def settled(self) -> bool:
+        """Whether the points fix both exponents: two sizes do not, nor does one at the edge of what is tried."""
+        return self.sizes > 2 and all(1.01 * LEAST < exponent < 0.99 * MOST for exponent in (self.alpha, self.beta))
 
     def loss(self, parameters: float, tokens: float) -> float:
         """What the law says."""
@@ -111,7 +120,7 @@ def fit(curves: Sequence[Curve]) -> Law:
 
     least = float(L.min())
     starts = itertools.product((0.1, 0.5), (0.1, 0.5), (0.1, 0.5, 0.9))
-    bounds = ([-20, 0.01, -20, 0.01, -20], [10, 3, 10, 3, float(np.log(least))])
+    bounds = ([-20, LEAST, -20, LEAST, -20], [10, MOST, 10, MOST, float(np.log(least))])
     found = min(
         (
             least_squares(error, x0=_start(alpha, beta, least, share),
@@ -125,6 +134,7 @@ def fit(curves: Sequence[Curve]) -> Law:
         floor=float(np.exp(floor)), n=float(middle_n * np.exp(a / alpha)), alpha=alpha,
         d=float(middle_d * np.exp(b / beta)), beta=beta,
         token_flops=float(np.mean([curve.token_flops / curve.parameters for curve in curves])),
+        sizes=len({curve.parameters for curve in curves}),
         error=float(np.sqrt(np.mean((terms(found.x) / L - 1) ** 2))),
     )  # fmt: skip
 

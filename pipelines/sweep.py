@@ -26,6 +26,8 @@ from pipelines.train_config import TrainConfig
 
 log = logging.getLogger(__name__)
 
+UNSETTLED = "These trials are too few or too short to trust the choice: it takes three sizes and bent curves."
+
 Trials = dict[tuple[int, str], Job]
 """(batch, size) -> what is trained."""
 
@@ -140,6 +142,8 @@ def _study(config: SweepConfig, trials: Trials, home: Home, name: str, key: str,
         f"loss {best['loss']:.4g}"
     )
     log.info("sweep %s | %s", config.train.stage, said)
+    if not all(law.settled for law in laws.values()):
+        log.warning("sweep %s | %s", config.train.stage, UNSETTLED)
     out = folder / "study"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -197,6 +201,7 @@ def _page(
     caution = page.note(
         "The law is loss = floor + (n/N)^alpha + (d/D)^beta over parameters N and tokens D; `error` is how far the "
         "points lie from it. A budget far beyond the trials is an extrapolation."
+        + ("" if all(law.settled for law in laws.values()) else f" {UNSETTLED}")
     )
     title = f"Scaling of {config.train.stage}"
     header = f'<p class="kicker">Scaling study</p><h1>{title}</h1>'

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from infra.config import UserError
 from pipelines.scaling import Curve, Law, chart, fit
 
-TRUE = Law(floor=1.7, n=2e5, alpha=0.4, d=3e6, beta=0.35, token_flops=6.0, error=0.0)
+TRUE = Law(floor=1.7, n=2e5, alpha=0.4, d=3e6, beta=0.35, token_flops=6.0, error=0.0, sizes=4)
 
 
 def curve(parameters, law=TRUE, noise=0.0, steps=400, **changes):
@@ -27,7 +27,7 @@ SIZES = (100_000, 400_000, 1_600_000, 6_400_000)
 
 def test_a_known_law_is_found_again_and_foretells_a_larger_trial():
     law = fit([curve(n) for n in SIZES[:3]])
-    assert law.error < 1e-3
+    assert law.error < 1e-3 and law.settled
     assert law.loss(SIZES[3], 4e6) == pytest.approx(TRUE.loss(SIZES[3], 4e6), rel=0.02)
     noisy = fit([curve(n, noise=0.01) for n in SIZES])
     assert noisy.loss(SIZES[3], 2e6) == pytest.approx(TRUE.loss(SIZES[3], 2e6), rel=0.03)
@@ -50,6 +50,12 @@ def test_a_spike_or_a_step_that_was_not_finite_does_not_bend_the_law():
     losses[-5], losses[-9] = float("nan"), 50.0
     law = fit([curve(SIZES[0]), curve(SIZES[1], losses=losses), curve(SIZES[2])])
     assert law.loss(SIZES[2], 1.5e6) == pytest.approx(TRUE.loss(SIZES[2], 1.5e6), rel=0.03)
+
+
+def test_two_sizes_or_an_exponent_at_the_edge_are_not_trusted():
+    steep = Law(floor=1.0, n=1e5, alpha=5.0, d=3e6, beta=0.35, token_flops=6.0, error=0.0, sizes=4)
+    assert not fit([curve(n, law=steep) for n in SIZES[:3]]).settled
+    assert not fit([curve(n) for n in SIZES[:2]]).settled
 
 
 def test_too_little_does_not_fix_a_law():

@@ -74,6 +74,7 @@ def test_the_study_has_its_curves_a_law_for_each_batch_and_a_choice(killed_and_c
     assert choice["loss"] == min(c["loss"] for c in found["choices"])
     assert choice["steps"] * choice["batch"] * 4 * 16 == pytest.approx(choice["tokens"])
     page = (made.path / "index.html").read_text()
+    assert "too few or too short" in page  # two sizes
     assert page.count("<svg") == 2 and "1e+12 operations are best spent on" in page
     assert sweep(study(home)).reference == made.reference == "tokenizer-sweep@v1"
 
