@@ -1,9 +1,10 @@
-"""What training costs beside plain torch: python tests/benchmarks/bench_train.py [step] [save]
+"""What training costs beside plain torch: python tests/benchmarks/bench_train.py [step] [small] [save]
 
 `step`: `lampworks train` on Ray Train with ZeRO-1 and two workers against DDP in two plain processes, which hold their
 batches in memory. Both live all the time and take turns of a few seconds (the other's workers are stopped), so that
-what else the machine does falls on both; the median of the turns' ratios counts. `save`: what a checkpoint takes from
-the steps, on the tokenizer of the `coinrun` preset.
+what else the machine does falls on both; the median of the turns' ratios counts. A worker holds 4096 tokens, as in the
+demo and in one window of `coinrun`; `small` is the same with 1024, where what a step costs at least shows. `save`:
+what a checkpoint takes from the steps, on the tokenizer of the `coinrun` preset.
 """
 
 import contextlib
@@ -32,16 +33,16 @@ from pipelines.train import Interrupted, train
 from pipelines.train_config import FeedConfig, OptimizerConfig, TrainConfig
 from tests.pipelines.clips import write_dataset
 
-TURNS, TURN_S, WARM_STEPS = 12, 4.0, 16
+TURNS, TURN_S, WARM_STEPS = 10, 6.0, 10
 RAY_NICENESS = 15
 """Ray's workers run with it; the plain processes too, so that what else the machine does holds up both alike."""
 FEED = FeedConfig(windows_per_clip=8, clips_per_group=4)
 
 
-def config(home: Home, model: WorldConfig, **changes) -> TrainConfig:
-    """A tokenizer on two workers with a window each."""
-    return TrainConfig(home=home.path, dataset="toys", model=model, batch=2, micro_batch=1, feed=FEED, workers=2,
-                       optimizer=OptimizerConfig(warmup_steps=2), picture_every=0, **changes)  # fmt: skip
+def config(home: Home, model: WorldConfig, windows: int = 1, **changes) -> TrainConfig:
+    """A tokenizer on two workers with so many windows each."""
+    return TrainConfig(home=home.path, dataset="toys", model=model, batch=2 * windows, micro_batch=windows, feed=FEED,
+                       workers=2, optimizer=OptimizerConfig(warmup_steps=2), picture_every=0, **changes)  # fmt: skip
 
 
 def smaller_world() -> WorldConfig:
@@ -126,10 +127,14 @@ def train_until_stopped(settings: TrainConfig) -> None:
         train(settings)
 
 
-def step(home: Home) -> None:
+def small(home: Home) -> None:
+    step(home, windows=1)
+
+
+def step(home: Home, windows: int = 4) -> None:
     from pipelines.stages import plan_job
 
-    settings = config(home, smaller_world(), steps=2000, log_every=1, checkpoint_every=10**6, name="step")
+    settings = config(home, smaller_world(), windows, steps=2000, log_every=1, checkpoint_every=10**6, name="step")
     folder, told, port = plan_job(settings).folder, home.path / "plain.jsonl", free_port()
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=plain_rank, args=(rank, port, settings, told)) for rank in range(2)]
@@ -148,14 +153,16 @@ def step(home: Home) -> None:
     training.join()
     whole, bare = steps_of(folder / "progress.jsonl"), steps_of(told)
     found = {"ours": whole, "plain": bare}
-    medians = [(who, statistics.median(s["step_s"] for s in within(found[who], *turn))) for who, *turn in turns]
-    ratios = [one / other for (_, one), (_, other) in zip(medians[::2], medians[1::2], strict=True)]
+    taken = [[s["step_s"] for s in within(found[who], *turn)] for who, *turn in turns]
+    pairs = [pair for pair in zip(taken[::2], taken[1::2], strict=True) if all(pair)]
+    ratios = [statistics.median(one) / statistics.median(other) for one, other in pairs]
     own = [s for who, *turn in turns if who == "ours" for s in within(whole, *turn)]
     wait = statistics.median(s["data_wait_s"] / s["step_s"] for s in own)
-    plain_ms = 1000 * statistics.median(t for who, t in medians if who == "plain")
+    plain_ms = 1000 * statistics.median(t for _, other in pairs for t in other)
     spread = statistics.quantiles(ratios, n=4)
     sys.stdout.write(
-        f"plain DDP {plain_ms:.0f} ms a step, {len(workers)} workers, {len(own)} steps of ours in {TURNS} turns\n"
+        f"plain DDP {plain_ms:.0f} ms a step of {2 * windows} windows, {len(workers)} workers, "
+        f"{len(own)} steps of ours in {len(pairs)} turns\n"
         f"{statistics.median(ratios):8.3f}  Ray Train + ZeRO-1 step over plain DDP, two workers (at most 1.10; "
         f"half of the turns between {spread[0]:.3f} and {spread[2]:.3f})\n"
         f"{wait:8.3f}  share of a step that waits for data (under 0.05)\n"
@@ -180,7 +187,7 @@ def save(home: Home) -> None:
 
 
 def main() -> None:
-    parts = [part for part in (step, save) if part.__name__ in sys.argv[1:] or len(sys.argv) == 1]
+    parts = [part for part in (step, small, save) if part.__name__ in sys.argv[1:] or len(sys.argv) == 1]
     with tempfile.TemporaryDirectory() as folder, connect():
         home = Home(Path(folder)).ensure()
         write_dataset(home, clips=6, frames=40, size=64)
