@@ -50,6 +50,7 @@ def fit(job: "Job") -> None:
     """
     import ray.train
     from ray.data import ExecutionOptions
+    from ray.exceptions import RayError
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -86,7 +87,7 @@ def fit(job: "Job") -> None:
     trainer.shares = config.batch // config.micro_batch
     try:
         trainer.fit()
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayError) as error:  # of workers, or of the one that looks after them
         if not (job.folder / REFUSED).exists():
             raise sentence(job, error) from error
 
@@ -99,7 +100,7 @@ def sentence(job: "Job", error: Exception) -> UserError:
         if isinstance(cause, UserError):
             return cause
     said = "; ".join(
-        dict.fromkeys(f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1][:200]}" for cause in causes)
+        dict.fromkeys(f"{type(cause).__name__}: {str(cause).strip().splitlines()[0][:200]}" for cause in causes)
     )
     hint = "give the same command again"
     if any(is_full(cause) or "No space left" in str(cause) for cause in causes):
@@ -107,8 +108,8 @@ def sentence(job: "Job", error: Exception) -> UserError:
     elif any("memory" in str(cause) for cause in causes):
         hint = "lower --micro-batch, raise --zero, or give the workers more memory; the same command continues"
     return UserError(
-        f"training failed more than --max-failures {job.config.max_failures} times, the last time with {said}: "
-        f"checkpoints are kept in {job.folder}; {hint}"
+        f"training failed with {said} (--max-failures {job.config.max_failures}): checkpoints are kept in "
+        f"{job.folder}; {hint}"
     )
 
 
