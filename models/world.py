@@ -45,7 +45,8 @@ class CoTraining(nn.Module):
         loss, metrics = self.actions.loss(codes, observed)
         metrics = {f"actions/{name}": value for name, value in metrics.items()}
         if self.training and self.actions.codebook.continuous:
-            loss = loss + 0.0 * sum(p.sum() for p in self.dynamics.parameters())  # every rank has every gradient
+            # every rank has every gradient; a parameter that is elsewhere (ZeRO-3) is empty here, and needs none
+            loss = loss + 0.0 * sum(p.sum() for p in self.dynamics.parameters() if p.numel())
         else:
             more, found = self.dynamics({**batch, "actions": codes.codes.detach()})
             loss = loss + more

@@ -37,7 +37,7 @@ def runs(ground, tmp_path_factory):
     home = copy_of(ground, tmp_path_factory.mktemp("zero") / "home")
     names = ("whole", "broken", "elastic")
     whole, broken, elastic = ([on_ranks(home, name, z) for z in ZERO] for name in names)
-    world = [on_ranks(home, "world", 1, stage="world")]
+    world = [on_ranks(home, "world", z, stage="world") for z in (1, 3)]
     kinds = [on_ranks(home, name, z, **HARD[name]) for z in ZERO for name in HARD if z or name == "spiky"]
     elastic = [replace(c, keep=KeepConfig(background=False)) for c in elastic]  # what is on its way dies with the run
     run_ranks([(c, None) for c in whole + world] + [(c, 3) for c in broken] + [(c, 2) for c in elastic])
@@ -63,10 +63,11 @@ def test_every_zero_stage_computes_what_one_process_computes(runs):
         assert read(whole, "grad_norm") == pytest.approx(read(plain, "grad_norm"), rel=1e-4)
 
 
-def test_co_training_on_two_ranks_computes_what_one_process_computes(runs):
+@pytest.mark.parametrize("zero", [1, 3])
+def test_co_training_on_two_ranks_computes_what_one_process_computes(runs, zero):
     plain = config(runs, name="plain", stage="world")
     train(plain)
-    assert read(on_ranks(runs, "world", 1, stage="world")) == pytest.approx(read(plain), rel=1e-5)
+    assert read(on_ranks(runs, "world", zero, stage="world")) == pytest.approx(read(plain), rel=1e-5)
 
 
 @pytest.mark.parametrize("zero", ZERO)
