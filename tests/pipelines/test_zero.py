@@ -91,7 +91,7 @@ def test_curves_of_fifty_steps_agree(place, stage):
     train(plain)
     run_ranks([(c, None) for c in whole])
     for settings in whole:
-        assert read(settings) == pytest.approx(read(plain), rel=2e-3)
+        assert read(settings) == pytest.approx(read(plain), rel=1e-5)
 
 
 @pytest.mark.parametrize("zero", ZERO[1:])
