@@ -41,6 +41,8 @@ class TrainingPlan:
         micro_batch: windows a worker holds at once.
         steps: optimizer steps.
         workers: how many.
+        tensor: workers in a group that shares blocks' matrices.
+        split: parameters that such a group shares.
     """
 
     parameters: int
@@ -52,13 +54,21 @@ class TrainingPlan:
     micro_batch: int
     steps: int
     workers: int
+    tensor: int = 1
+    split: int = 0
+
+    @property
+    def replicas(self) -> int:
+        """Workers, or groups of them, that take different samples."""
+        return max(1, self.workers // self.tensor)
 
     def state_bytes(self, zero: int) -> float:
         """Weights, gradients and optimizer states of one worker (ZeRO, arXiv 1910.02054, figure 1, in fp32)."""
-        shared = 1 / max(1, self.workers)
+        shared = 1 / self.replicas
+        held = self.parameters - self.split + self.split / self.tensor
         whole = {"weights": WEIGHT, "gradients": GRADIENT, "adam": ADAM, "master": MASTER if zero else 0}
         split = {0: (), 1: ("adam", "master"), 2: ("adam", "master", "gradients"), 3: tuple(whole)}[zero]
-        return self.parameters * sum(size * (shared if name in split else 1) for name, size in whole.items())
+        return held * sum(size * (shared if name in split else 1) for name, size in whole.items())
 
     def worker_bytes(self, zero: int) -> float:
         """All of one worker's memory."""
@@ -88,8 +98,8 @@ class TrainingPlan:
         said = [
             f"{self.parameters / 1e6:,.2f} M parameters | {self.steps:,} steps of {self.batch} windows x {self.frames} "
             f"frames x {self.tokens} tokens | {self.seen_tokens / 1e9:,.3g} B tokens | {self.flops:.3g} operations",
-            f"batch {self.batch} = {self.workers} workers x {self.micro_batch} windows x "
-            f"{self.batch // (self.micro_batch * max(1, self.workers))} accumulated",
+            f"batch {self.batch} = {self.replicas} {'workers' if self.tensor == 1 else f'groups of {self.tensor}'} x "
+            f"{self.micro_batch} windows x {self.batch // (self.micro_batch * self.replicas)} accumulated",
             f"checkpoint {_size(self.checkpoint_bytes)} | activations {_size(self.activation_bytes)} a window",
         ]
         for zero in range(4):

@@ -99,7 +99,7 @@ class Cache:
             part[:, slot].copy_(part[:, source])
 
 
-class _Heads(nn.Module):
+class Heads(nn.Module):
     """Fused projections to queries, keys and values, with QK norm; and back."""
 
     def __init__(self, cfg: TransformerConfig, kv_heads: int) -> None:
@@ -130,7 +130,7 @@ class _Heads(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
-class SpatialAttention(_Heads):
+class SpatialAttention(Heads):
     """Tokens of one frame see each other."""
 
     def __init__(self, cfg: TransformerConfig) -> None:
@@ -144,7 +144,7 @@ class SpatialAttention(_Heads):
         return self.out(y.reshape(*x.shape[:-1], self.heads * self.size))
 
 
-class TemporalAttention(_Heads):
+class TemporalAttention(Heads):
     """Each token sees the same place in this frame and the window-1 frames before it."""
 
     def __init__(self, cfg: TransformerConfig) -> None:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.checkpoint import build_model
@@ -38,11 +39,15 @@ class Cost:
         return 3 * self.forward_flops
 
 
-def parameters(config: ModelConfig) -> int:
-    """Trained weights of a model, built on the meta device."""
+def on_meta(config: ModelConfig) -> nn.Module:
+    """A model whose weights take no memory."""
     with torch.device("meta"):
-        model = build_model(_KIND[type(config)], config)
-    return sum(p.numel() for p in model.parameters())
+        return build_model(_KIND[type(config)], config)
+
+
+def parameters(config: ModelConfig) -> int:
+    """Trained weights of a model."""
+    return sum(p.numel() for p in on_meta(config).parameters())
 
 
 def transformer_flops(cfg: TransformerConfig, tokens: int, past: float) -> float:

@@ -30,16 +30,16 @@ class Quantized(NamedTuple):
     loss: Tensor
 
 
-def _all_sum(x: Tensor) -> Tensor:
+def _all_sum(x: Tensor, group: Any) -> Tensor:
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=group)
     return x
 
 
-def _all_rows(x: Tensor) -> Tensor:
+def _all_rows(x: Tensor, group: Any) -> Tensor:
     if dist.is_available() and dist.is_initialized():
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
         return torch.cat(parts)
     return x
 
@@ -76,8 +76,13 @@ def usage(codes: Tensor, size: int) -> dict[str, Tensor]:
 
 
 class Codebook(nn.Module):
-    """K codes of `dim` features; see CodebookConfig for the kinds."""
+    """K codes of `dim` features; see CodebookConfig for the kinds.
 
+    Attributes:
+        group: the process group whose ranks hold different samples; None for all ranks.
+    """
+
+    group: Any = None
     codes: Tensor
     usage: Tensor
     sums: Tensor
@@ -224,10 +229,10 @@ class Codebook(nn.Module):
     def end_step(self) -> None:
         """Apply what the step's forwards saw: moving averages, the start of the codes, revival of dead ones."""
         cfg = self.cfg
-        _all_sum(self.seen_count)
+        _all_sum(self.seen_count, self.group)
         if cfg.kind != "fsq":
-            _all_sum(self.seen_sum)
-            rows, ranks = _all_rows(self.pool), _all_rows(self.pool_rank)
+            _all_sum(self.seen_sum, self.group)
+            rows, ranks = _all_rows(self.pool, self.group), _all_rows(self.pool_rank, self.group)
             self.pool_rank, best = ranks.topk(len(self.pool_rank))  # of all ranks' rows, each once: alike everywhere
             self.pool = rows[best]
             live = self.pool[self.pool_rank >= 0]

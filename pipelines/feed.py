@@ -272,12 +272,13 @@ class Pace:
         """Nothing to do."""
 
 
-def stream(source: Samplable, schedule: Schedule, step: int) -> "ray.data.Dataset":
+def stream(source: Samplable, schedule: Schedule, step: int, copies: int = 1) -> "ray.data.Dataset":
     """The micro-batches from `step` on, in order, one block each.
 
     With `preserve_order` and blocks of equal size Ray Train deals them out in turn: micro-batch m goes to rank
-    m modulo the number of workers. Planning costs Ray a millisecond for each row, so a long training names several
-    micro-batches in a row: never more than `MOST_ROWS` rows.
+    m modulo the number of workers; of `copies` that follow each other, one to each worker of a tensor group. Planning
+    costs Ray a millisecond for each row, so a long training names several micro-batches in a row: never more than
+    `MOST_ROWS` rows.
     """
     import ray.data
 
@@ -286,7 +287,7 @@ def stream(source: Samplable, schedule: Schedule, step: int) -> "ray.data.Datase
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.custom_execution_callback_classes = cast(Any, [Pace])  # the four methods are its whole interface
-    firsts = [schedule.first_sample(micro) for micro in schedule.remaining(step)]
+    firsts = [schedule.first_sample(micro) for micro in schedule.remaining(step) for _ in range(copies)]
     each = max(1, math.ceil(len(firsts) / MOST_ROWS))
     rows = [{"firsts": firsts[n : n + each]} for n in range(0, len(firsts), each)]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

@@ -226,7 +226,7 @@ class Loop:
         model.begin_step(step, self.config.steps)
         self.writer.check()
         losses: list[Tensor] = []
-        for part in range(self.schedule.per_step // self.engine.world):
+        for part in range(self.schedule.per_step // self.engine.data_world):
             began = time.perf_counter()
             batch = next(self.batches)
             self.meter.wait_s += time.perf_counter() - began
@@ -248,7 +248,7 @@ class Loop:
 
     def _checked(self, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
         """The batch on the device, after proof that it is the one that the order of samples asks for."""
-        micro = step * self.schedule.per_step + part * self.engine.world + self.engine.rank
+        micro = step * self.schedule.per_step + part * self.engine.data_world + self.engine.data_rank
         first = self.schedule.first_sample(micro)
         if int(batch["sample"][0]) != first or len(batch["sample"]) != self.schedule.micro_batch:
             found = int(batch["sample"][0])
@@ -317,6 +317,7 @@ class Loop:
             "step": step,
             "world": self.engine.world,
             "zero": self.config.zero,
+            "tensor": self.config.tensor,
             "engine": self.engine.kind,
             "loss": float(np.mean(self.losses)) if self.losses else math.nan,
             "seen": self.watch.seen.copy(),

@@ -25,7 +25,7 @@ from models.config import (
     config_from_dict,
     config_to_dict,
 )
-from models.cost import ModelConfig, cost, quality_cost
+from models.cost import ModelConfig, cost, on_meta, quality_cost
 from models.dynamics import Dynamics
 from models.fewstep import Distillation
 from models.quality import QualityNet
@@ -35,6 +35,7 @@ from models.world import CoTraining, World
 from pipelines import feed, figures, quality
 from pipelines.measures import frame_psnr
 from pipelines.shards import Dataset, open_dataset
+from pipelines.tensor import split_parameters
 from pipelines.tokenize import check_size
 from pipelines.train_config import TrainConfig
 
@@ -314,7 +315,11 @@ def trained(stage: str, model: WorldConfig) -> list[ModelConfig]:
 
 
 def estimate(config: TrainConfig, model: WorldConfig) -> TrainingPlan:
-    """The arithmetic of a training; needs no dataset, no artifact and no memory."""
+    """The arithmetic of a training; needs no dataset, no artifact and no memory.
+
+    Raises:
+        UserError: a model's blocks can't be shared by so many workers.
+    """
     if config.stage == "quality":
         return _estimate_quality(config)
     models = trained(config.stage, model)
@@ -329,6 +334,8 @@ def estimate(config: TrainConfig, model: WorldConfig) -> TrainingPlan:
         micro_batch=config.micro_batch,
         steps=config.steps,
         workers=max(1, config.workers),
+        tensor=config.tensor,
+        split=sum(split_parameters(on_meta(part), config.tensor) for part in models) if config.tensor > 1 else 0,
     )
 
 

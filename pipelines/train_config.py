@@ -130,6 +130,8 @@ class TrainConfig:
     """bf16 computes in bfloat16 and keeps weights, sums and optimizer states in fp32."""
     offload: bool = False
     """Keep optimizer states, and with --zero 3 the parameters, in host memory (on GPUs)."""
+    tensor: int = 1
+    """Workers that share each block's matrices (tensor parallelism); they take the same samples."""
     workers: int = 2
     """Training processes; 0 runs the same steps in this process, without Ray."""
     min_workers: int | None = None
@@ -179,11 +181,14 @@ class TrainConfig:
         within("--few-steps", self.few_steps, 1, self.teacher_steps - 1)
         if self.stage not in STAGES:
             raise UserError(f"--stage is {self.stage!r}: it must be one of {', '.join(STAGES)}")
+        within("--tensor", self.tensor, 1, max(1, self.workers))
+        if self.tensor > 1:
+            self._check_tensor()
         for workers in {self.workers or 1, self.min_workers or self.workers or 1}:
-            if self.batch % (self.micro_batch * workers):
-                unit = self.micro_batch * workers
+            if self.batch % (unit := self.micro_batch * (workers // self.tensor)):
+                groups = f"{workers} workers" if self.tensor == 1 else f"{workers // self.tensor} groups of workers"
                 raise UserError(
-                    f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch} x {workers} workers: "
+                    f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch} x {groups}: "
                     f"change one of them, for example --batch {-(-self.batch // unit) * unit}"
                 )
         if self.zero == 0 and self.offload:
@@ -192,6 +197,18 @@ class TrainConfig:
             raise UserError("--zero 0 with --precision bf16 trains wrongly in DeepSpeed 0.19: use --zero 1")
         if self.zero == 3 and self.optimizer.ema_decay:
             raise UserError("--optimizer.ema-decay needs whole weights, --zero 3 shards them: use --zero 2")
+
+    def _check_tensor(self) -> None:
+        given = f"--tensor {self.tensor}"
+        if self.workers % self.tensor:
+            raise UserError(f"{given} does not divide {self.workers} workers: change --workers")
+        if self.zero not in (1, 2):
+            raise UserError(f"{given} goes with --zero 1 or 2, not {self.zero}")
+        if self.stage in ("distilled", "quality"):
+            raise UserError(f"{given} is not for the stage {self.stage}: leave it out")
+        if self.min_workers or self.optimizer.ema_decay:
+            other = "--min-workers" if self.min_workers else "--optimizer.ema-decay"
+            raise UserError(f"{given} does not go with {other}: leave one of them out")
 
     @property
     def artifact_name(self) -> str:

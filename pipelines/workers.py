@@ -37,7 +37,8 @@ def _remaining(job: "Job") -> Callable[[], "ray.data.Dataset"]:
     def make() -> "ray.data.Dataset":
         from pipelines.feed import stream
 
-        return stream(job.source, job.schedule(tuple(read_skipped(job.folder))), starting_step(job))
+        schedule = job.schedule(tuple(read_skipped(job.folder)))
+        return stream(job.source, schedule, starting_step(job), copies=job.config.tensor)
 
     return make
 

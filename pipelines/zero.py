@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from infra.config import UserError
+from pipelines import tensor
 from pipelines.train_config import OptimizerConfig, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,12 @@ Losses = dict[str, Tensor]
 
 
 class Engine(ABC):
-    """What the loop asks of an engine."""
+    """What the loop asks of an engine.
+
+    Attributes:
+        rank: of this process, of `world`.
+        data_rank: which share of a step's samples it takes, of `data_world`; workers of one tensor group take the same.
+    """
 
     kind: str
     model: nn.Module
@@ -44,6 +50,8 @@ class Engine(ABC):
     device: str
     rank: int
     world: int
+    data_rank: int
+    data_world: int
 
     @abstractmethod
     def forward_backward(self, batch: Batch) -> Losses:
@@ -119,7 +127,7 @@ class PlainEngine(Engine):
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.device = "cuda" if config.gpu else "cpu"
         self.model, self.config = model.to(self.device), config
-        self.rank, self.world = 0, 1
+        self.rank, self.world, self.data_rank, self.data_world = 0, 1, 0, 1
         self.optimizer = make_optimizer(model, config.optimizer)
         self._parts = config.batch // config.micro_batch
 
@@ -181,20 +189,31 @@ class ZeroEngine(Engine):
     ) -> None:
         deepspeed = import_deepspeed()
         self.rank, self.world, self.config, self.folder = dist.get_rank(), dist.get_world_size(), config, folder
+        if self.world % config.tensor:
+            raise UserError(f"{self.world} workers can't form groups of --tensor {config.tensor}: change --workers")
+        self.data_rank, self.data_world = self.rank // config.tensor, self.world // config.tensor
         parts = config.batch // config.micro_batch
-        if parts % self.world:
-            raise UserError(f"{parts} micro-batches a step can't be shared by {self.world} workers: change --batch")
-        self.universal = checkpoint is not None and (checkpoint["world"], checkpoint["zero"]) != (
-            self.world,
-            config.zero,
-        )
-        settings = deepspeed_settings(config, self.world, self.universal)
+        if parts % self.data_world:
+            raise UserError(
+                f"{parts} micro-batches a step can't be shared by {self.data_world} workers: change --batch"
+            )
+        shape = (self.world, config.zero, config.tensor)
+        self.universal = checkpoint is not None and shape != (
+            checkpoint["world"], checkpoint["zero"], checkpoint.get("tensor", 1)
+        )  # fmt: skip
+        settings = deepspeed_settings(config, self.data_world, self.universal)
+        if config.tensor > 1:
+            settings["tensor_parallel"] = tensor.settings(model, config.tensor)
         self._deepspeed = deepspeed
         self._guard = make_optimizer(model, config.optimizer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self._guard, config=settings)
         # DeepSpeed's groups are its own, with torch's default of half an hour
-        _set_pg_timeout(timedelta(seconds=config.hang_s), deepspeed.utils.groups._clone_world_group())
+        groups = [deepspeed.utils.groups._clone_world_group()]
         self.model: nn.Module = self._engine.module
+        if config.tensor > 1:
+            groups += tensor.settle(self._engine, config.tensor)
+        for group in groups:
+            _set_pg_timeout(timedelta(seconds=config.hang_s), group)
         self.device = str(self._engine.device)
         self._taken: dict[str, Any] = {}
         self._engine.checkpoint_engine.save = self._take  # what DeepSpeed would write here and now
@@ -286,10 +305,11 @@ class ZeroEngine(Engine):
             self._deepspeed.zero.GatheredParameters(parameters) if self.config.zero == 3 else contextlib.nullcontext()
         )
         with gather:
+            state = tensor.whole(self.model) if self.config.tensor > 1 else self.model.state_dict()
             if self.rank:
                 return {}
             return {name: value.detach().float().cpu().clone() if value.is_floating_point() else value.cpu().clone()
-                    for name, value in self.model.state_dict().items()}  # fmt: skip
+                    for name, value in state.items()}  # fmt: skip
 
 
 def deepspeed_settings(config: TrainConfig, world: int, universal: bool) -> dict[str, Any]:

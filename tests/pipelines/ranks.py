@@ -136,8 +136,9 @@ def _rank(rank, world, port, work, said):
             found = Checkpoints(job.folder, settings.keep).chosen()
             engine = ZeroEngine(build(job), settings, job.folder, found[1] if found else None)
             step = found[1]["step"] if found else 0
-            batches = local_batches(job.source, job.schedule(), step, rank, world)
-            dying = _dying(batches, settings, until, step, settings.batch // settings.micro_batch // world)
+            batches = local_batches(job.source, job.schedule(), step, engine.data_rank, engine.data_world)
+            per_step = settings.batch // settings.micro_batch // engine.data_world
+            dying = _dying(batches, settings, until, step, per_step)
             with contextlib.suppress(Until):
                 Loop(job, engine, dying).run()
             _assert_alike(engine)

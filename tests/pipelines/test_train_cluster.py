@@ -60,6 +60,15 @@ def test_a_killed_worker_changes_nothing(place, ray_cluster, caplog):
     assert f"continued at step {starts[1]} with 2 workers" in caplog.text
 
 
+def test_two_workers_that_share_every_matrix_are_given_the_same_samples(place, ray_cluster):
+    """The loop checks the samples; the losses are those of one process."""
+    group, plain = config(place, name="group", workers=2, tensor=2), config(place, name="plain")
+    train(group)
+    train(plain)
+    alone = losses(plan_job(plain).folder)
+    assert losses(plan_job(group).folder) == pytest.approx(alone, rel=1e-5)
+
+
 DRIVER = """
 import json, sys
 from infra.config import Home
