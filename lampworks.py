@@ -250,8 +250,8 @@ def demo(config: Any) -> None:
     )
     with connect(path.cluster):
         made = walk(path)
-        sys.stdout.write(_headline(home, made["evaluate"]) + f"report: {made['report']}\n")
-        _serve_demo(config, made["world"], path.evaluate.sampler)
+    sys.stdout.write(_headline(home, made["evaluate"]) + f"report: {made['report']}\n")
+    _serve_demo(config, made["world"], path.evaluate.sampler)
 
 
 def _headline(home: Any, evaluation: str) -> str:

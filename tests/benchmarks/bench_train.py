@@ -33,7 +33,9 @@ from pipelines.train import Interrupted, train
 from pipelines.train_config import FeedConfig, OptimizerConfig, TrainConfig
 from tests.pipelines.clips import write_dataset
 
-TURNS, TURN_S, WARM_STEPS = 10, 6.0, 10
+TURNS, TURN_S, WARM_STEPS = 10, 10.0, 12
+TOLD_EVERY = 3
+"""Steps between two lines of our journal; by default 20, which a turn is too short for."""
 RAY_NICENESS = 15
 """Ray's workers run with it; the plain processes too, so that what else the machine does holds up both alike."""
 FEED = FeedConfig(windows_per_clip=8, clips_per_group=4)
@@ -75,7 +77,9 @@ def plain_rank(rank: int, port: int, settings: TrainConfig, path: Path) -> None:
     job = plan_job(settings)
     model = build(job).train()
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings.optimizer), settings.optimizer.lr, (0.9, 0.9))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.optimizer), settings.optimizer.lr, (0.9, 0.9), fused=True
+    )
     rows = list(local_batches(job.source, replace(job.schedule(), steps=4), 0, rank, 2))
     batches = [{name: torch.from_numpy(row[name]) for name in ("frames", "key")} for row in rows]
     for step in itertools.count():
@@ -117,9 +121,9 @@ def take_turns(ours: Sequence[psutil.Process], plain: Sequence[psutil.Process]) 
     return turns
 
 
-def within(steps: list[dict[str, float]], began: float, ended: float) -> list[dict[str, float]]:
-    """The steps that lie in a turn whole."""
-    return [s for s in steps if s["time_s"] - s["step_s"] >= began and s["time_s"] <= ended]
+def within(steps: list[dict[str, float]], each: int, began: float, ended: float) -> list[dict[str, float]]:
+    """The lines, each of so many steps, that lie in a turn whole."""
+    return [s for s in steps if s["time_s"] - each * s["step_s"] >= began and s["time_s"] <= ended]
 
 
 def train_until_stopped(settings: TrainConfig) -> None:
@@ -134,7 +138,8 @@ def small(home: Home) -> None:
 def step(home: Home, windows: int = 4) -> None:
     from pipelines.stages import plan_job
 
-    settings = config(home, smaller_world(), windows, steps=2000, log_every=1, checkpoint_every=10**6, name="step")
+    settings = config(home, smaller_world(), windows, steps=3000, log_every=TOLD_EVERY,
+                      checkpoint_every=10**6, name="step")  # fmt: skip
     folder, told, port = plan_job(settings).folder, home.path / "plain.jsonl", free_port()
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=plain_rank, args=(rank, port, settings, told)) for rank in range(2)]
@@ -142,7 +147,7 @@ def step(home: Home, windows: int = 4) -> None:
     for started in (*ranks, training):
         started.start()
     for path in (told, folder / "progress.jsonl"):
-        while len(steps_of(path)) < WARM_STEPS:
+        while max((s["step"] for s in steps_of(path)), default=0) < WARM_STEPS:
             time.sleep(0.5)
     below = psutil.Process().children(recursive=True)
     workers = [p for p in below if "RayTrainWorker" in "".join(p.cmdline())]
@@ -152,17 +157,17 @@ def step(home: Home, windows: int = 4) -> None:
         rank.kill()
     training.join()
     whole, bare = steps_of(folder / "progress.jsonl"), steps_of(told)
-    found = {"ours": whole, "plain": bare}
-    taken = [[s["step_s"] for s in within(found[who], *turn)] for who, *turn in turns]
+    found = {"ours": (whole, TOLD_EVERY), "plain": (bare, 1)}
+    taken = [[s["step_s"] for s in within(*found[who], *turn)] for who, *turn in turns]
     pairs = [pair for pair in zip(taken[::2], taken[1::2], strict=True) if all(pair)]
     ratios = [statistics.median(one) / statistics.median(other) for one, other in pairs]
-    own = [s for who, *turn in turns if who == "ours" for s in within(whole, *turn)]
+    own = [s for who, *turn in turns if who == "ours" for s in within(whole, TOLD_EVERY, *turn)]
     wait = statistics.median(s["data_wait_s"] / s["step_s"] for s in own)
     plain_ms = 1000 * statistics.median(t for _, other in pairs for t in other)
     spread = statistics.quantiles(ratios, n=4)
     sys.stdout.write(
         f"plain DDP {plain_ms:.0f} ms a step of {2 * windows} windows, {len(workers)} workers, "
-        f"{len(own)} steps of ours in {len(pairs)} turns\n"
+        f"{TOLD_EVERY * len(own)} steps of ours in {len(pairs)} turns\n"
         f"{statistics.median(ratios):8.3f}  Ray Train + ZeRO-1 step over plain DDP, two workers (at most 1.10; "
         f"half of the turns between {spread[0]:.3f} and {spread[2]:.3f})\n"
         f"{wait:8.3f}  share of a step that waits for data (under 0.05)\n"
