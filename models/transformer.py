@@ -32,11 +32,18 @@ class FeedForward(nn.Module):
     @override
     def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """x (..., N, D), condition (..., D) -> the change to add (..., N, D)."""
+        return self.down(F.gelu(self._hidden(x, condition)))
+
+    def step(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """The same where nothing is learned: in place, as large batches of sessions wait for new memory."""
+        return self.down(torch.ops.aten.gelu_(self._hidden(x, condition)))
+
+    def _hidden(self, x: Tensor, condition: Tensor | None) -> Tensor:
         y = self.norm(x)
         if self.film is not None and condition is not None:
             scale, shift = self.film(condition)[..., None, :].chunk(2, dim=-1)
             y = y * (1 + scale) + shift
-        return self.down(F.gelu(self.up(y)))
+        return self.up(y)
 
 
 class Block(nn.Module):
@@ -70,7 +77,7 @@ class Block(nn.Module):
             x = _added(x, self.spatial(x))
         if self.temporal is not None and cache is not None:
             x = _added(x, self.temporal.step(x, cache, clock))
-        return _added(x, self.feed(x, condition)) if feed else x
+        return _added(x, self.feed.step(x, condition)) if feed else x
 
 
 class Transformer(nn.Module):
@@ -139,7 +146,7 @@ class Transformer(nn.Module):
 
     def finish(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """The last feed-forward and norm of `step`'s features, of any places (..., R, D); condition (..., D)."""
-        return self.norm(_added(x, self._blocks()[-1].feed(x, condition)))
+        return self.norm(_added(x, self._blocks()[-1].feed.step(x, condition)))
 
 
 def _added(x: Tensor, change: Tensor) -> Tensor:
