@@ -29,7 +29,7 @@ from infra.config import Home, UserError
 from infra.registry import CANDIDATE, CHAMPION, Registry, open_registry
 from serving.config import ServeConfig
 from serving.protocol import ModelInfo, ModelUnavailable, Prompted, StepJob, Stepped
-from serving.remote import RemoteModel
+from serving.remote import RemoteModel, apart
 from serving.replica import application_name, reference_of, world_application
 from serving.worlds import Choice, Worlds, card
 
@@ -290,7 +290,7 @@ class Sleeping:
 
     async def _wake(self) -> ModelUnavailable:
         try:
-            await self._fleet.wake.remote(self.info.reference)
+            await apart(self._fleet.wake.remote, self.info.reference)
         except AWAY as error:
             return ModelUnavailable(str(error))
         return ModelUnavailable(f"{self.info.reference} is being started")

@@ -7,7 +7,9 @@ its way a step leaves at once; while some are, it waits at most `LINGER_S` for c
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context
 from typing import Any
 
 import numpy as np
@@ -51,7 +53,7 @@ class RemoteModel:
     async def prompt(self, frames_THWC: np.ndarray) -> Prompted:
         """Tokens of prompt frames, by any replica."""
         try:
-            return await self._handle.prompt.remote(frames_THWC)
+            return await apart(self._handle.prompt.remote, frames_THWC)
         except UNAVAILABLE as error:
             raise ModelUnavailable(str(error)) from error
 
@@ -61,7 +63,7 @@ class RemoteModel:
         try:
             if home is None or job.context is not None:
                 key = job.session + (PLACE_AGAIN if job.context is not None else "")
-                home, done = await self._handle.options(session_id=key).step.remote(job)
+                home, done = await apart(self._handle.options(session_id=key).step.remote, job)
                 self._settle(job.session, home if done is not None else None)
                 return done
             lane = self._lanes.setdefault(home, _Lane(self._handle))
@@ -80,7 +82,7 @@ class RemoteModel:
         """Frees the session's slot, if a replica has it."""
         self._settle(session, None)
         with suppress(*UNAVAILABLE):
-            await self._handle.options(session_id=session).forget.remote(session)
+            await apart(self._handle.options(session_id=session).forget.remote, session)
 
     def _settle(self, session: str, home: str | None) -> None:
         """Remembers which replica holds a session, or forgets it."""
@@ -126,7 +128,7 @@ class _Lane:
     async def _call(self, batch: list[tuple[StepJob, "asyncio.Future[Stepped | None]"]]) -> None:
         jobs = [job for job, _ in batch]
         try:
-            stream: Any = self._handle.options(session_id=jobs[0].session, stream=True).steps.remote(jobs)
+            stream = apart(self._handle.options(session_id=jobs[0].session, stream=True).steps.remote, jobs)
             async for answers in stream:
                 for index, answer in answers:
                     _resolve(batch[index][1], answer)
@@ -140,6 +142,15 @@ class _Lane:
             if self._timer is not None and self.calls < FREE_CALLS:
                 self._timer.cancel()
                 self._send()
+
+
+def apart(remote: Callable[[Any], Any], argument: Any) -> Any:
+    """A call that Serve does not count to the request which asked for it.
+
+    Calls of one request carry its id, and of two that wait for a replica at once Serve 2.60 leaves the second waiting
+    for ever (`RequestRouter._add_pending_request_to_indices`).
+    """
+    return Context().run(remote, argument)
 
 
 def _resolve(future: "asyncio.Future[Stepped | None]", answer: Stepped | Exception | None) -> None:

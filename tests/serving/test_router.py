@@ -1,5 +1,6 @@
 """Where sessions go on a real Ray Serve while replicas come and go, and how many replicas there are."""
 
+import asyncio
 import os
 import signal
 import time
@@ -11,10 +12,14 @@ import pytest
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.context import _RequestContext, _serve_request_context
 
+from serving.protocol import StepJob
+from serving.remote import RemoteModel
 from serving.replica import QUIET, ROUTER, SCALING
 from serving.router import PLACE_AGAIN
 from serving.scaling import QUEUE, SESSIONS, DesiredReplicas
+from tests.serving.conftest import MODEL
 
 
 class Place:
@@ -60,6 +65,22 @@ def where(handle, sessions, suffix=""):
             except RayActorError:
                 time.sleep(0.1)
     return found
+
+
+def test_steps_that_one_request_asks_for_at_once_are_all_answered(served):
+    """As a socket's step and the shared call that its last answer set off: Serve gives both the socket's id."""
+    model = RemoteModel(serve.get_deployment_handle(MODEL, MODEL), None)
+
+    async def ask():
+        _serve_request_context.set(_RequestContext(_internal_request_id="one socket"))
+        for turn in range(20):
+            jobs = [StepJob(session=f"{turn}-{n}", seed=0, step=1, action=0) for n in range(8)]
+            yield await asyncio.wait_for(asyncio.gather(*map(model.step, jobs)), 20)
+
+    async def all_of_it():
+        return [answer async for answers in ask() for answer in answers]
+
+    assert asyncio.run(all_of_it()) == [None] * 160, "none of them has a cache"
 
 
 def test_only_what_must_move_moves(places):
