@@ -369,8 +369,9 @@ class Decoder:
     def _clock(self, slots: list[int], cells: int, window: int, size: int) -> Clock:
         sessions = [self._session(i) for i in slots]
         position, cached = torch.tensor([[s.position, s.cached] for s in sessions], device=self.device).T
-        used = min(cells, 1 + max(s.position for s in sessions))
-        return Clock.at(self._rows(slots), position, position - cached, cells, window, size, self.dtype, used)
+        stands = {s.position for s in sessions}
+        used, same = min(cells, 1 + max(stands)), stands.pop() % cells if len(stands) == 1 else None
+        return Clock.at(self._rows(slots), position, position - cached, cells, window, size, self.dtype, used, same)
 
     def _features(self, slots: list[int]) -> tuple[Tensor, Tensor | None]:
         """One pass of the dynamics over the slots' current tokens, see `Dynamics.step`; writes their cells."""
