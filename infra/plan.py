@@ -62,6 +62,11 @@ class TrainingPlan:
         """Workers, or groups of them, that take different samples."""
         return max(1, self.workers // self.tensor)
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """ZeRO stages that can be chosen."""
+        return (0, 1, 2, 3) if self.tensor == 1 else (1, 2)
+
     def state_bytes(self, zero: int) -> float:
         """Weights, gradients and optimizer states of one worker (ZeRO, arXiv 1910.02054, figure 1, in fp32)."""
         shared = 1 / self.replicas
@@ -102,7 +107,7 @@ class TrainingPlan:
             f"{self.micro_batch} windows x {self.batch // (self.micro_batch * self.replicas)} accumulated",
             f"checkpoint {_size(self.checkpoint_bytes)} | activations {_size(self.activation_bytes)} a window",
         ]
-        for zero in range(4):
+        for zero in self.stages:
             need = self.worker_bytes(zero)
             fits = "" if device is None else " | fits" if need <= device.memory_bytes else " | does not fit"
             said.append(
@@ -124,7 +129,7 @@ class TrainingPlan:
         need = self.worker_bytes(zero)
         if need <= memory_bytes:
             return
-        better = next((z for z in range(zero + 1, 4) if self.worker_bytes(z) <= memory_bytes), None)
+        better = next((z for z in self.stages if z > zero and self.worker_bytes(z) <= memory_bytes), None)
         fix = f"use --zero {better}" if better else "use more workers, a smaller --micro-batch or recomputation"
         raise UserError(f"a worker needs {_size(need)} at --zero {zero}, {where} has {_size(memory_bytes)}: {fix}")
 

@@ -201,7 +201,7 @@ class TemporalAttention(Heads):
         for part, new in ((cache.keys, k), (cache.values, v)):
             if clock.same is None:
                 part[clock.cell, clock.index] = new
-            else:  # in one piece: a small world's pass takes 3% less
+            else:  # in one piece, which is less work than by index
                 part[clock.same, clock.rows] = new
         return q, cache.keys[:, clock.rows], cache.values[:, clock.rows]
 

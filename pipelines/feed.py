@@ -5,6 +5,7 @@ are taken in groups and the windows of a group are shuffled together, so a reade
 """
 
 import functools
+import itertools
 import logging
 import math
 import time
@@ -209,13 +210,14 @@ class Windows:
 class Reader:
     """Ray Data's actor: a row that names micro-batches becomes the micro-batches."""
 
-    def __init__(self, source: Samplable, micro_batch: int) -> None:
-        self.windows, self.micro_batch = source.open(), micro_batch
+    def __init__(self, source: Samplable, micro_batch: int, copies: int) -> None:
+        self.windows, self.micro_batch, self.copies = source.open(), micro_batch, copies
 
     def __call__(self, row: dict[str, np.ndarray]) -> Iterator[Batch]:
-        """For each first sample a micro-batch; the samples' numbers come along, for the loop to check."""
+        """For each first sample the copies of a micro-batch; the samples' numbers come along, for the loop to check."""
         for first in row["firsts"][0]:
-            yield self.windows.batch(int(first), self.micro_batch)
+            batch = self.windows.batch(int(first), self.micro_batch)
+            yield from itertools.repeat(batch, self.copies)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,21 +289,21 @@ def stream(source: Samplable, schedule: Schedule, step: int, copies: int = 1) ->
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.custom_execution_callback_classes = cast(Any, [Pace])  # the four methods are its whole interface
-    firsts = [schedule.first_sample(micro) for micro in schedule.remaining(step) for _ in range(copies)]
+    firsts = [schedule.first_sample(micro) for micro in schedule.remaining(step)]
     each = max(1, math.ceil(len(firsts) / MOST_ROWS))
     rows = [{"firsts": firsts[n : n + each]} for n in range(0, len(firsts), each)]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Reader,
-        fn_constructor_args=(source, schedule.micro_batch),
+        fn_constructor_args=(source, schedule.micro_batch, copies),
         batch_size=None,
         num_cpus=0,  # a share would keep a trainer off a node that is counted by whole CPUs
         compute=ray.data.ActorPoolStrategy(size=source.feed.readers),
     )
-    if each > 1:  # Ray would join small blocks: with this limit it ends one after each micro-batch
+    if each * copies > 1:  # Ray would join small blocks: with this limit it ends one after each micro-batch
         sample_bytes = sum(column.nbytes for column in source.open().batch(firsts[0], 1).values())
         data.context.target_max_block_size = int(0.9 * sample_bytes * schedule.micro_batch)
         # two by default, and then it waits for the executor's next turn: a tenth of a second for two micro-batches
-        data.context._max_num_blocks_in_streaming_gen_buffer = each
+        data.context._max_num_blocks_in_streaming_gen_buffer = each * copies
     return data
 
 

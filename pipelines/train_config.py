@@ -184,6 +184,15 @@ class TrainConfig:
         within("--tensor", self.tensor, 1, max(1, self.workers))
         if self.tensor > 1:
             self._check_tensor()
+        self._check_batch()
+        if self.zero == 0 and self.offload:
+            raise UserError("--offload has nothing to move with --zero 0: use --zero 1, 2 or 3")
+        if self.zero == 0 and self.precision == "bf16":
+            raise UserError("--zero 0 with --precision bf16 trains wrongly in DeepSpeed 0.19: use --zero 1")
+        if self.zero == 3 and self.optimizer.ema_decay:
+            raise UserError("--optimizer.ema-decay needs whole weights, --zero 3 shards them: use --zero 2")
+
+    def _check_batch(self) -> None:
         for workers in {self.workers or 1, self.min_workers or self.workers or 1}:
             if self.batch % (unit := self.micro_batch * (workers // self.tensor)):
                 groups = f"{workers} workers" if self.tensor == 1 else f"{workers // self.tensor} groups of workers"
@@ -191,12 +200,6 @@ class TrainConfig:
                     f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch} x {groups}: "
                     f"change one of them, for example --batch {-(-self.batch // unit) * unit}"
                 )
-        if self.zero == 0 and self.offload:
-            raise UserError("--offload has nothing to move with --zero 0: use --zero 1, 2 or 3")
-        if self.zero == 0 and self.precision == "bf16":
-            raise UserError("--zero 0 with --precision bf16 trains wrongly in DeepSpeed 0.19: use --zero 1")
-        if self.zero == 3 and self.optimizer.ema_decay:
-            raise UserError("--optimizer.ema-decay needs whole weights, --zero 3 shards them: use --zero 2")
 
     def _check_tensor(self) -> None:
         given = f"--tensor {self.tensor}"

@@ -111,17 +111,17 @@ def test_a_later_start_streams_the_rest_and_ranks_share_it(home):
     assert [b["sample"].tolist() for b in local_batches(source(home), schedule, 3, 1, 2)] == whole[7::2]
 
 
-@pytest.mark.parametrize("rows", [5000, 3])
-def test_ray_data_streams_the_same_batches_in_the_same_order(home, ray_cluster, monkeypatch, rows):
+@pytest.mark.parametrize(("rows", "copies"), [(5000, 1), (3, 1), (5000, 2)])
+def test_ray_data_streams_the_same_batches_in_the_same_order(home, ray_cluster, monkeypatch, rows, copies):
     import ray.data
 
     monkeypatch.setattr("pipelines.feed.MOST_ROWS", rows)  # few: several micro-batches in each
     write_dataset(home)
     schedule = Schedule(batch=4, micro_batch=2, steps=6, skipped=(3,))
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    streamed = list(stream(source(home), schedule, 2).iter_batches(batch_size=None, batch_format="numpy"))
-    local = list(local_batches(source(home), schedule, 2))
-    assert len(streamed) == len(local) == 8
+    streamed = list(stream(source(home), schedule, 2, copies).iter_batches(batch_size=None, batch_format="numpy"))
+    local = [batch for batch in local_batches(source(home), schedule, 2) for _ in range(copies)]
+    assert len(streamed) == len(local) == 8 * copies
     for one, other in zip(streamed, local, strict=True):
         assert all(np.array_equal(one[name], other[name]) for name in ("frames", "sample", "key"))
 

@@ -113,4 +113,10 @@ def test_a_dry_run_counts_what_a_group_shares():
     assert 0.98 < split_parameters(model, 2) / sum(p.numel() for p in model.parameters()) < 1
     whole, half = estimate(one, one.model), estimate(two, two.model)
     assert half.state_bytes(0) / whole.state_bytes(0) == pytest.approx(0.5, abs=0.01)
-    assert "groups of 2 x 2 windows x 8 accumulated" in "\n".join(half.lines(None, 0.4))
+    said = "\n".join(half.lines(None, 0.4))
+    assert "groups of 2 x 2 windows x 8 accumulated" in said
+    assert "ZeRO-2" in said and "ZeRO-3" not in said, "what a group can't do is not offered"
+    with pytest.raises(UserError, match="use --zero 2"):
+        half.check(1, 0.5 * (half.worker_bytes(1) + half.worker_bytes(2)), "a worker")
+    with pytest.raises(UserError, match="use more workers"):
+        half.check(2, 0.9 * half.worker_bytes(2), "a worker")
