@@ -159,19 +159,25 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     """One field's value in the type its annotation names."""
     if value is None:
         return None
+    hint = _chosen(hint, value)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        kinds = [a for a in args if a is not type(None)]
-        classes = [k for k in kinds if dataclasses.is_dataclass(k)]
-        return _read((classes if isinstance(value, Mapping) and classes else kinds)[0], value, where)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_dict(typing.cast(type, hint), value, where + ".")
     if origin is tuple:
         inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
         return tuple(_read(h, v, where) for h, v in zip(inner, value, strict=True))
-    if hint is Path:
-        return Path(value)
-    return float(value) if hint is float and isinstance(value, int) else value
+    if hint is Path or (hint is float and isinstance(value, int)):
+        return hint(value)
+    return value
+
+
+def _chosen(hint: Any, value: Any) -> Any:
+    """What a union means for this value: a mapping is its first dataclass, anything else its first type."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    kinds = [a for a in typing.get_args(hint) if a is not type(None)]
+    classes = [k for k in kinds if dataclasses.is_dataclass(k)]
+    return (classes if isinstance(value, Mapping) and classes else kinds)[0]
 
 
 @dataclass(frozen=True, kw_only=True)

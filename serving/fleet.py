@@ -179,16 +179,8 @@ class Fleet:
         async with self._looking:
             wanted = await asyncio.to_thread(self.catalogue.look)
             states = await asyncio.to_thread(_states)
-            current = {r for choice in wanted.values() for r in choice.references}
-            now = time.monotonic()
-            for reference in current | self._played(now):
-                self._needed_at[reference] = now
-            needed = {r for r, at in self._needed_at.items() if now - at <= self.config.drain_s}
-            for reference in sorted(needed - set(states)):
-                await asyncio.to_thread(self._start, reference)
-            for reference in sorted(set(states) - needed):
-                log.info("fleet: %s has no sessions left: taken down", reference)
-                await asyncio.to_thread(serve.delete, application_name(reference), False)
+            needed = self._needed({r for choice in wanted.values() for r in choice.references})
+            await asyncio.to_thread(self._deploy, needed, set(states))
             # While one scales, Serve says DEPLOYING of it; what has once been ready stays so until it is taken down.
             self._ready = {r for r in needed if states.get(r) == "RUNNING" or (r in states and r in self._ready)}
             choices = {name: self._settled(name, choice, self._ready) for name, choice in wanted.items()}
@@ -197,6 +189,20 @@ class Fleet:
             for reference in sorted(failed - self._failed):
                 log.error("fleet: %s does not start; what new sessions got before, they go on getting", reference)
             self._failed = failed
+
+    def _needed(self, chosen: set[str]) -> set[str]:
+        """Versions that new sessions get or that are played, and those that were a short while ago."""
+        now = time.monotonic()
+        self._needed_at |= dict.fromkeys(chosen | self._played(now), now)
+        return {r for r, at in self._needed_at.items() if now - at <= self.config.drain_s}
+
+    def _deploy(self, needed: set[str], deployed: set[str]) -> None:
+        """Starts what is missing and takes down what nobody needs."""
+        for reference in sorted(needed - deployed):
+            self._start(reference)
+        for reference in sorted(deployed - needed):
+            log.info("fleet: %s has no sessions left: taken down", reference)
+            serve.delete(application_name(reference), False)
 
     def _played(self, now: float) -> set[str]:
         """Versions with live sessions, as far as living gateways have said."""

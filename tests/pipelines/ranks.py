@@ -19,6 +19,9 @@ from pipelines.train_config import FeedConfig, OptimizerConfig, TrainConfig
 
 FEED = FeedConfig(windows_per_clip=2, clips_per_group=3)
 OPTIMIZER = OptimizerConfig(lr=1e-3, final_lr=1e-4, warmup_steps=2)
+STAGES = ("tokenizer", "actions", "dynamics", "world")
+EACH = [(STAGES[seed % 4], 1 + seed % 3, seed) for seed in range(12)]
+"""Every stage at ZeRO 1, 2 and 3, each with a seed of its own."""
 
 
 def config(home, **changes):

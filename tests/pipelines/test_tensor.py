@@ -13,10 +13,8 @@ from pipelines.stages import build, estimate, plan_job
 from pipelines.tensor import settings, split_parameters
 from pipelines.train import train
 from tests.pipelines.conftest import copy_of
-from tests.pipelines.ranks import config, losses, run_ranks
+from tests.pipelines.ranks import STAGES, config, losses, run_ranks
 from tests.pipelines.test_paper import scaled_down
-
-STAGES = ("tokenizer", "actions", "dynamics", "world")
 
 
 def shared(home, name, **changes):

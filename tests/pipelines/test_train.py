@@ -24,9 +24,7 @@ from pipelines.train import Interrupted, starting_step, train
 from pipelines.train_config import KeepConfig, OptimizerConfig, TrainConfig
 from pipelines.zero import PlainEngine
 from tests.pipelines.clips import write_dataset
-from tests.pipelines.ranks import config, losses
-
-STAGES = ("tokenizer", "actions", "dynamics", "world")
+from tests.pipelines.ranks import STAGES, config, losses
 
 
 class Killed(RuntimeError):

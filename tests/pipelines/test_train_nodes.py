@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 
 from pipelines.stages import plan_job
 from tests.pipelines.nodes import journal
-from tests.pipelines.ranks import config, losses, run_ranks
+from tests.pipelines.ranks import EACH, config, losses, run_ranks
 
 GOES_ON_S = 180
 """On a machine with much else to do; a quiet one takes a minute at most (docs/training.md)."""
@@ -33,9 +34,12 @@ def goes_on_after(lines, moment):
     return next(line["time_s"] for line in lines if "step" in line and line["time_s"] > start) - moment
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_lost_node_is_replaced_and_nothing_changes(place, seed):
-    settings, lines, said = lost_at(place, "replaced", 7 + seed, name="lost", steps=40, checkpoint_every=4, seed=seed)
+@pytest.mark.parametrize(
+    ("stage", "zero", "seed"), [EACH[0], *(pytest.param(*each, marks=pytest.mark.slow) for each in EACH[1:])]
+)
+def test_a_lost_node_is_replaced_and_nothing_changes(place, stage, zero, seed):
+    changes = {"name": "lost", "stage": stage, "zero": zero, "seed": seed, "steps": 60, "checkpoint_every": 4}
+    settings, lines, said = lost_at(place, "replaced", random.Random(seed).randrange(1, 40), **changes)
     assert goes_on_after(lines, said["seen"]) < GOES_ON_S
     still = replace(settings, name="still")
     run_ranks([(still, None)])

@@ -11,9 +11,8 @@ from pipelines.train import train
 from pipelines.train_config import KeepConfig, OptimizerConfig
 from pipelines.zero import PlainEngine, make_optimizer, parameter_groups
 from tests.pipelines.conftest import copy_of
-from tests.pipelines.ranks import config, killed, losses, run_ranks
+from tests.pipelines.ranks import STAGES, config, killed, losses, run_ranks
 
-STAGES = ("tokenizer", "actions", "dynamics", "world")
 ZERO = (0, 1, 2, 3)
 HARD = {
     "half": {"precision": "bf16"},
