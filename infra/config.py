@@ -166,9 +166,9 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
         return tuple(_read(h, v, where) for h, v in zip(inner, value, strict=True))
-    if hint is Path or (hint is float and isinstance(value, int)):
-        return hint(value)
-    return value
+    if hint is Path:
+        return Path(value)
+    return float(value) if hint is float and isinstance(value, int) else value
 
 
 def _chosen(hint: Any, value: Any) -> Any:

@@ -18,12 +18,14 @@ from models.config import (
     ActionsConfig,
     DynamicsConfig,
     ModelError,
+    PolicyConfig,
     QualityConfig,
     TokenizerConfig,
     config_from_dict,
     config_to_dict,
 )
 from models.dynamics import Dynamics
+from models.policy import Policy
 from models.quality import QualityNet
 from models.tokenizer import Tokenizer
 
@@ -32,13 +34,14 @@ _KINDS: dict[str, tuple[type[nn.Module], type]] = {
     "tokenizer": (Tokenizer, TokenizerConfig),
     "actions": (LatentActionModel, ActionsConfig),
     "dynamics": (Dynamics, DynamicsConfig),
+    "policy": (Policy, PolicyConfig),
     "quality": (QualityNet, QualityConfig),
 }
-Model = Tokenizer | LatentActionModel | Dynamics | QualityNet
+Model = Tokenizer | LatentActionModel | Dynamics | Policy | QualityNet
 
 
 def build_model(kind: str, config: Any) -> Model:
-    """A fresh tokenizer, actions, dynamics or quality; `config` is its dataclass or `config_to_dict` of it.
+    """A fresh model of a kind; `config` is its dataclass or `config_to_dict` of it.
 
     Raises:
         ModelError: the kind is unknown, or the config is of another kind or refused.
@@ -54,7 +57,7 @@ def build_model(kind: str, config: Any) -> Model:
 
 
 def kind_of(model: nn.Module) -> str:
-    """tokenizer, actions, dynamics or quality.
+    """tokenizer, actions, dynamics, policy or quality.
 
     Raises:
         ModelError: it is none of them.

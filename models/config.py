@@ -319,6 +319,23 @@ class SamplerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PolicyConfig(Patched):
+    """A player that learned by watching (paper, appendix E): its size of picture and its actions are those of the
+    latent action model that says what was done."""
+
+    frames: int = 4
+    """T, the newest frames, which it decides by."""
+    actions: int = 8
+    """A, latent actions."""
+    transformer: TransformerConfig = field(
+        default_factory=lambda: TransformerConfig(layers=12, width=512, heads=8, head_size=64, window=4)
+    )
+
+    def __post_init__(self) -> None:
+        _positive(self, "height_px", "width_px", "patch", "frames", "actions")
+
+
+@dataclass(frozen=True, kw_only=True)
 class QualityConfig:
     """The classifier of clips: a ResNet-18 on thumbnails (paper, section 3.1), 11 M parameters at its default width."""
 

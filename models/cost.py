@@ -10,11 +10,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.checkpoint import build_model
-from models.config import ActionsConfig, DynamicsConfig, QualityConfig, TokenizerConfig, TransformerConfig
+from models.config import (
+    ActionsConfig,
+    DynamicsConfig,
+    PolicyConfig,
+    QualityConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
 from models.quality import QualityNet
 
-ModelConfig = TokenizerConfig | ActionsConfig | DynamicsConfig
-_KIND = {TokenizerConfig: "tokenizer", ActionsConfig: "actions", DynamicsConfig: "dynamics"}
+ModelConfig = TokenizerConfig | ActionsConfig | DynamicsConfig | PolicyConfig
+_KIND = {TokenizerConfig: "tokenizer", ActionsConfig: "actions", DynamicsConfig: "dynamics", PolicyConfig: "policy"}
 
 
 @dataclass(frozen=True)
@@ -84,11 +91,12 @@ def cost(config: ModelConfig) -> Cost:
         )
     N, pixels = config.rows * config.columns, config.patch**2 * 3
     forward = cached = 0.0
-    for cfg in (config.encoder, config.decoder):
+    parts = [config.transformer] if isinstance(config, PolicyConfig) else [config.encoder, config.decoder]
+    for cfg in parts:
         ends = 2 * N * cfg.width * pixels
         forward += transformer_flops(cfg, N, min(cfg.window, (frames + 1) / 2)) + ends
         cached = transformer_flops(cfg, N, min(cfg.window, frames)) + ends  # the decoder's, which comes last
-    return Cost(parameters(config), forward, cached, _cache_values(config.decoder, N, frames))
+    return Cost(parameters(config), forward, cached, _cache_values(parts[-1], N, frames))
 
 
 def ceiling_flops(device: str, took_s: float = 0.2) -> float:

@@ -26,9 +26,10 @@ from models.cost import ceiling_flops, memory_bytes
 from models.quantizer import Codebook
 from pipelines.checkpoints import Checkpoints, Writer, at_hand
 from pipelines.feed import Batch, Schedule
+from pipelines.jobs import Job
 from pipelines.progress import PROGRESS
 from pipelines.spikes import Watch, read_skipped, write_skipped
-from pipelines.stages import Job, export, look
+from pipelines.stages import export, look
 from pipelines.train_config import OptimizerConfig
 from pipelines.zero import Engine, in_host_memory
 

@@ -1,6 +1,7 @@
 """Chosen values: whole configurations as plain functions. Worlds first, then paths; `COMMAND_PRESETS` names them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from models.config import (
     Attention,
     CodebookConfig,
     DynamicsConfig,
+    PolicyConfig,
     SamplerConfig,
     TokenizerConfig,
     TransformerConfig,
@@ -113,6 +115,16 @@ def toy_world() -> WorldConfig:
     )
 
 
+def demo_policy() -> PolicyConfig:
+    """Four frames of 8-pixel patches, as the demo's dynamics see them."""
+    return PolicyConfig(patch=8, frames=4, transformer=_small(6, 96, 4))
+
+
+def tiny_policy() -> PolicyConfig:
+    """To see that every step works."""
+    return PolicyConfig(patch=16, frames=3, transformer=_small(2, 32, 3))
+
+
 # -- paths -------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +200,12 @@ def tiny_path(home: Path = Path("lampworks-home")) -> PathConfig:
     )
 
 
+def _demo_policy() -> TrainConfig:
+    """For the world of the demo, after it."""
+    world = demo_path().world
+    return replace(world, stage="policy", actions="world", policy=demo_policy(), steps=600, batch=32, micro_batch=16)
+
+
 def _genie_11b() -> TrainConfig:
     from pipelines.paper import genie_11b_training  # which stands on this file
 
@@ -200,6 +218,7 @@ COMMAND_PRESETS: dict[str, dict[str, Callable[[], Any]]] = {
     "train": {
         "demo-tokenizer": lambda: demo_path().tokenizer,
         "demo-world": lambda: demo_path().world,
+        "demo-policy": _demo_policy,
         "tiny-tokenizer": lambda: tiny_path().tokenizer,
         "tiny-world": lambda: tiny_path().world,
         "genie-11b": _genie_11b,

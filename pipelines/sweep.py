@@ -17,9 +17,10 @@ from infra.config import Home, UserError, digest, to_dict
 from infra.plan import TrainingPlan
 from infra.tracking import Run
 from pipelines import page
+from pipelines.jobs import Job, plan_job
 from pipelines.progress import PROGRESS
 from pipelines.scaling import Curve, Law, chart, fit
-from pipelines.stages import Job, estimate, plan_job
+from pipelines.stages import estimate
 from pipelines.sweep_config import SweepConfig
 from pipelines.train import Interrupted, train
 from pipelines.train_config import TrainConfig

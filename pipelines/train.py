@@ -29,7 +29,7 @@ from pipelines.train_config import TrainConfig
 from pipelines.workers import REFUSED, fit, starting_step
 
 if TYPE_CHECKING:
-    from pipelines.stages import Job
+    from pipelines.jobs import Job
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ def train(config: TrainConfig) -> Artifact:
     Raises:
         UserError: something the stage stands on is missing or does not fit, or training was interrupted.
     """
-    from pipelines.stages import KINDS, estimate, plan_job
+    from pipelines.jobs import KINDS, plan_job
+    from pipelines.stages import estimate
 
     job = plan_job(config)
     home = Home(job.config.home)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from infra.config import ClusterConfig, TrackingConfig, UserError, within
-from models.config import QualityConfig, WorldConfig
+from models.config import PolicyConfig, QualityConfig, WorldConfig
 
-STAGES = ("tokenizer", "actions", "dynamics", "world", "distilled", "quality")
+STAGES = ("tokenizer", "actions", "dynamics", "world", "distilled", "policy", "quality")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +91,10 @@ class TrainConfig:
 
     home: Path = Path("lampworks-home")
     """Folder that everything is written under; a cluster's must be shared by its nodes."""
-    stage: Literal["tokenizer", "actions", "dynamics", "world", "distilled", "quality"] = "tokenizer"
+    stage: Literal["tokenizer", "actions", "dynamics", "world", "distilled", "policy", "quality"] = "tokenizer"
     """tokenizer; actions: the latent action model; dynamics: with finished actions; world: actions and dynamics;
-    distilled: a finished world that draws in few steps; quality: the classifier of clips, from what people rated."""
+    distilled: a finished world that draws in few steps; policy: a player that learns from finished actions by watching;
+    quality: the classifier of clips, from what people rated."""
     name: str | None = None
     """Name of the artifact; None takes the stage's."""
     dataset: str = "platformers"
@@ -101,7 +102,7 @@ class TrainConfig:
     tokenizer: str | None = None
     """Tokenizer artifact for dynamics and world; None takes `tokenizer`."""
     actions: str | None = None
-    """Latent action artifact for dynamics; None takes `actions`."""
+    """Latent action artifact for dynamics and policy, which also takes a world; None takes `actions`."""
     teacher: str | None = None
     """World artifact that distilled learns from; None takes `world`."""
     few_steps: int = 4
@@ -110,6 +111,8 @@ class TrainConfig:
     """Refinement passes that its teacher draws in."""
     model: WorldConfig = field(default_factory=WorldConfig)
     """The world's settings; a stage uses its part, and takes finished parts from their artifacts."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The policy's settings; pictures and actions are as its latent actions have them."""
     quality: QualityConfig = field(default_factory=QualityConfig)
     """The quality classifier's settings."""
     label_holdout: float = 0.25

@@ -16,7 +16,7 @@ from pipelines.spikes import read_skipped
 if TYPE_CHECKING:
     import ray.data
 
-    from pipelines.stages import Job
+    from pipelines.jobs import Job
 
 REFUSED = "refused.txt"
 

@@ -68,7 +68,8 @@ def plain_rank(rank: int, port: int, settings: TrainConfig, path: Path) -> None:
     import torch.distributed as dist
 
     from pipelines.feed import local_batches
-    from pipelines.stages import build, plan_job
+    from pipelines.jobs import plan_job
+    from pipelines.stages import build
     from pipelines.zero import parameter_groups
 
     os.nice(RAY_NICENESS)
@@ -136,7 +137,7 @@ def small(home: Home) -> None:
 
 
 def step(home: Home, windows: int = 4) -> None:
-    from pipelines.stages import plan_job
+    from pipelines.jobs import plan_job
 
     settings = config(home, smaller_world(), windows, steps=3000, log_every=TOLD_EVERY,
                       checkpoint_every=10**6, name="step")  # fmt: skip
@@ -175,7 +176,7 @@ def step(home: Home, windows: int = 4) -> None:
 
 
 def save(home: Home) -> None:
-    from pipelines.stages import plan_job
+    from pipelines.jobs import plan_job
 
     settings = config(home, coinrun_world(), steps=9, log_every=1, checkpoint_every=3, name="saved")
     train(settings)

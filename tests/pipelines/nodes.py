@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 
 from infra.cluster import environment
 from infra.config import ClusterConfig, Home
-from pipelines.stages import plan_job
+from pipelines.jobs import plan_job
 from pipelines.train import train
 from tests.pipelines.ranks import config
 

@@ -13,21 +13,22 @@ from dataclasses import replace
 import numpy as np
 
 from pipelines.checkpoints import Checkpoints
-from pipelines.presets import tiny_world
-from pipelines.stages import plan_job
+from pipelines.jobs import plan_job
+from pipelines.presets import tiny_policy, tiny_world
 from pipelines.train_config import FeedConfig, OptimizerConfig, TrainConfig
 
 FEED = FeedConfig(windows_per_clip=2, clips_per_group=3)
 OPTIMIZER = OptimizerConfig(lr=1e-3, final_lr=1e-4, warmup_steps=2)
-STAGES = ("tokenizer", "actions", "dynamics", "world")
-EACH = [(STAGES[seed % 4], 1 + seed % 3, seed) for seed in range(12)]
+STAGES = ("tokenizer", "actions", "dynamics", "world", "policy")
+EACH = [(STAGES[seed % 5], 1 + seed % 3, seed) for seed in range(15)]
 """Every stage at ZeRO 1, 2 and 3, each with a seed of its own."""
 
 
 def config(home, **changes):
     """A training of seconds."""
-    base = TrainConfig(home=home.path, dataset="toys", model=tiny_world(), steps=6, batch=8, micro_batch=4, feed=FEED,
-                       optimizer=OPTIMIZER, log_every=1, picture_every=0, workers=0, checkpoint_every=2)  # fmt: skip
+    base = TrainConfig(home=home.path, dataset="toys", model=tiny_world(), policy=tiny_policy(), steps=6, batch=8,
+                       micro_batch=4, feed=FEED, optimizer=OPTIMIZER, log_every=1, picture_every=0, workers=0,
+                       checkpoint_every=2)  # fmt: skip
     return replace(base, **changes)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from infra.config import UserError
 from pipelines.checkpoints import Checkpoints, Writer, at_hand
-from pipelines.stages import plan_job
+from pipelines.jobs import plan_job
 from pipelines.train import train
 from pipelines.train_config import KeepConfig
 from tests.pipelines.ranks import config, losses
@@ -157,7 +157,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from infra.config import Home, UserError
-from pipelines.stages import plan_job
+from pipelines.jobs import plan_job
 from pipelines.train import train
 from pipelines.train_config import KeepConfig
 from tests.pipelines.ranks import config, losses

@@ -19,7 +19,7 @@ from infra.config import Home, TrackingConfig
 from infra.registry import Registry
 from infra.tracking import NOTE_TAG
 from models.world import World
-from pipelines.stages import plan_job
+from pipelines.jobs import plan_job
 from pipelines.train import train
 from tests.pipelines.conftest import copy_of
 from tests.pipelines.mlflow_server import Server

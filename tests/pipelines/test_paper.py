@@ -12,8 +12,8 @@ from models.actions import LatentActionModel
 from models.config import CodebookConfig, WorldConfig
 from models.dynamics import Dynamics
 from models.world import CoTraining
+from pipelines.jobs import plan_job
 from pipelines.paper import NAMES, WORLDS, describe, genie_11b_training
-from pipelines.stages import plan_job
 from tests.pipelines.ranks import FEED, losses, run_ranks
 
 

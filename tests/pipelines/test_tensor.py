@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from infra.config import UserError
 from models.cost import on_meta
+from pipelines.jobs import plan_job
 from pipelines.paper import genie_11b_training
-from pipelines.stages import build, estimate, plan_job
+from pipelines.stages import build, estimate
 from pipelines.tensor import settings, split_parameters
 from pipelines.train import train
 from tests.pipelines.conftest import copy_of

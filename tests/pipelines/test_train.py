@@ -17,9 +17,10 @@ from models.checkpoint import load_model
 from models.config import SamplerConfig
 from models.world import World
 from pipelines.feed import local_batches
+from pipelines.jobs import plan_job
 from pipelines.loop import Diverged, Loop, learning_rate
 from pipelines.spikes import FEWEST, SPAN, Watch, read_skipped, write_skipped
-from pipelines.stages import build, estimate, plan_job
+from pipelines.stages import build, estimate
 from pipelines.train import Interrupted, starting_step, train
 from pipelines.train_config import KeepConfig, OptimizerConfig, TrainConfig
 from pipelines.zero import PlainEngine

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from pipelines.checkpoints import Checkpoints
-from pipelines.stages import plan_job
+from pipelines.jobs import plan_job
 from pipelines.train import Interrupted, train
 from pipelines.train_config import KeepConfig
 from tests.pipelines.ranks import EACH, config, losses, run_ranks

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.stages import plan_job
+from pipelines.jobs import plan_job
 from tests.pipelines.nodes import journal
 from tests.pipelines.ranks import EACH, config, losses, run_ranks
 

@@ -6,7 +6,8 @@ import pytest
 
 from infra.config import UserError
 from pipelines.checkpoints import Checkpoints
-from pipelines.stages import build, plan_job
+from pipelines.jobs import plan_job
+from pipelines.stages import build
 from pipelines.train import train
 from pipelines.train_config import KeepConfig, OptimizerConfig
 from pipelines.zero import PlainEngine, make_optimizer, parameter_groups
