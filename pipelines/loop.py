@@ -116,14 +116,17 @@ class Meter:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def read(self, engine: Engine) -> dict[str, float]:
-        """Means over the interval and all ranks. A collective; starts anew."""
+        """Means over the interval and all ranks, and the most memory that a rank held. A collective; starts anew."""
         names, steps = sorted(self.sums), max(1, self.steps)
         own = [self.sums[n].to(engine.device) / self.counts[n] for n in names]
         took = max(1e-9, time.perf_counter() - self.began)
         own += [torch.tensor(v / steps, device=engine.device) for v in (self.wait_s, took)]
-        row = mean(torch.stack([v.float().reshape(()) for v in own]), engine)
+        held = torch.zeros(engine.world, device=engine.device)  # each rank fills its place, the mean gathers them
+        held[engine.rank] = memory_bytes(engine.device)
+        row = mean(torch.cat([torch.stack([v.float().reshape(()) for v in own]), held]), engine)
         self.__init__()
-        return dict(zip([*names, "data_wait_s", "step_s"], row.tolist(), strict=True))
+        values = dict(zip([*names, "data_wait_s", "step_s"], row.tolist(), strict=False))
+        return {**values, "memory_bytes": engine.world * float(row[len(own) :].max())}
 
 
 def mean(row: Tensor, engine: Engine) -> Tensor:
@@ -283,7 +286,6 @@ class Loop:
         """Progress of the interval into the journal."""
         values = self.meter.read(self.engine)
         self.ask_every = max(1, int(ASK_S / values["step_s"]))
-        values["memory_bytes"] = memory_bytes(self.engine.device)
         values["samples_per_s"] = self.config.batch / values["step_s"]
         values["left_out"] = float(len(self.bad))
         self.losses.append(values.get("loss", math.nan))

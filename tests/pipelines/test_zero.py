@@ -1,10 +1,13 @@
 """Numerics of DeepSpeed's engines in two plain torch processes: the same loop, batches and checkpoints, without Ray."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from infra.config import UserError
+from pipelines import loop
 from pipelines.checkpoints import Checkpoints
 from pipelines.jobs import plan_job
 from pipelines.stages import build
@@ -68,6 +71,19 @@ def test_co_training_on_two_ranks_computes_what_one_process_computes(runs, zero)
     plain = config(runs, name="plain", stage="world")
     train(plain)
     assert read(on_ranks(runs, "world", zero, stage="world")) == pytest.approx(read(plain), rel=1e-5)
+
+
+def test_the_memory_told_of_is_the_most_that_one_of_the_workers_held(runs, monkeypatch):
+    told = read(on_ranks(runs, "whole", 1), "memory_bytes")
+    assert 300e6 < told[1] <= told[6] < 3e9
+    meter, engine = loop.Meter(), SimpleNamespace(world=2, rank=0, device="cpu")
+    meter.add({"loss": torch.tensor(1.0)})
+    other = torch.tensor([3.0, 0.5, 0.25, 0.0, 7e9])  # loss, wait, step, and in its place the memory of the other rank
+    monkeypatch.setattr(loop, "memory_bytes", lambda device: 5e9)
+    monkeypatch.setattr(loop, "mean", lambda row, engine: (row + other) / engine.world)
+    values = meter.read(engine)
+    assert (values["loss"], values["data_wait_s"]) == (2.0, 0.25)
+    assert values["memory_bytes"] == pytest.approx(7e9)
 
 
 @pytest.mark.parametrize("zero", ZERO)
