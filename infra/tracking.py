@@ -84,6 +84,15 @@ class Run:
             self._said |= dict.fromkeys(fresh, step)
             self._put({"kind": "metrics", "step": step, "values": fresh})
 
+    def sample(self, values: Mapping[str, float]) -> None:
+        """Numbers that belong to no step; they are counted."""
+        self.metrics(1 + max((self._said.get(name, -1) for name in values), default=0), values)
+
+    def again_after(self, step: int) -> None:
+        """What comes after this step is taken anew, and is said again."""
+        self._said |= _rewound(self._said, step)
+        self._put({"kind": "again", "step": step})
+
     def file(self, path: Path, to: str = "") -> None:
         """An existing file, kept as an artifact under the folder `to`. It must stay until it is sent."""
         self._put({"kind": "file", "path": str(path), "to": to})
@@ -144,15 +153,19 @@ class Run:
         while not self._closed.wait(every_s):
             if time.monotonic() >= due:
                 values, due = machine.sample(), time.monotonic() + sample_every_s
-                self.metrics(1 + max((self._said.get(name, -1) for name in values), default=0), values)
+                self.sample(values)
             self.flush()
 
-    def _recorded(self, kind: str) -> list[dict[str, Any]]:
+    def _recorded(self, *kinds: str) -> list[dict[str, Any]]:
         lines = self._outbox.read_text().splitlines() if self._outbox.exists() else []
-        return [r for r in map(_parse, lines) if r is not None and r["kind"] == kind]
+        return [r for r in map(_parse, lines) if r is not None and r["kind"] in kinds]
 
     def _recorded_steps(self) -> dict[str, int]:
-        return {name: record["step"] for record in self._recorded("metrics") for name in record["values"]}
+        said: dict[str, int] = {}
+        for record in self._recorded("metrics", "again"):
+            step = record["step"]
+            said |= _rewound(said, step) if record["kind"] == "again" else dict.fromkeys(record["values"], step)
+        return said
 
     def _recorded_events(self) -> list[str]:
         notes = [r["values"][NOTE_TAG] for r in self._recorded("tags") if NOTE_TAG in r["values"]]
@@ -320,6 +333,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _rewound(said: Mapping[str, int], step: int) -> dict[str, int]:
+    """What was last said of a training that goes back to this step; its machines only go on."""
+    return {name: min(last, step) for name, last in said.items() if not name.startswith("system/")}
 
 
 def _sent(folder: Path) -> tuple[str | None, int]:

@@ -280,6 +280,7 @@ class Loop:
         numbers = [number for _, number in self.bad]
         self.checkpoints.forget_after(self.bad[0][0])
         write_skipped(self.job.folder, [*self.skipped, *numbers])
+        self.journal.write(rolled_back=self.bad[0][0])
         self.journal.event(f"rolling back before step {self.bad[0][0]}, around {len(numbers)} batches: {numbers}")
 
     def _report(self, step: int) -> None:

@@ -48,20 +48,31 @@ class Follower:
             elif "looked" in fields:
                 step = fields.pop("looked")
                 self.final |= (values := {name: float(v) for name, v in fields.items() if name != "time_s"})
-                self.run.metrics(step, values)
+                if not old:
+                    self.run.metrics(step, values)
             elif "ceiling_flops" in fields:
                 self.peak_flops = self.peak_flops or fields["ceiling_flops"]
-            elif "event" in fields and not old:
-                self.run.event(fields["event"])
-                log.info("train | %s", fields["event"])
-            elif "picture" in fields and not old:
-                self.run.file(Path(fields["picture"]), "pictures")
-            elif "checkpoint" in fields and not old:
-                log.debug("checkpoint %d | %.2f s", fields["checkpoint"], fields["took_s"])
+            elif not old:
+                self._once(fields)
         if self._place > self._old:
             draft = self._mark.with_suffix(".tmp")
             draft.write_text(str(self._place))
             draft.replace(self._mark)
+
+    def _once(self, fields: dict[str, Any]) -> None:
+        """A line that only the first driver to read it takes up."""
+        if "event" in fields:
+            self.run.event(fields["event"])
+            log.info("train | %s", fields["event"])
+        elif "picture" in fields:
+            self.run.file(Path(fields["picture"]), "pictures")
+        elif "rolled_back" in fields:
+            self.run.again_after(fields["rolled_back"])
+        elif "node" in fields:
+            inside = f"system/{fields['node']}/"
+            self.run.sample({k.replace("system/", inside): v for k, v in fields.items() if k.startswith("system/")})
+        elif "checkpoint" in fields:
+            log.debug("checkpoint %d | %.2f s", fields["checkpoint"], fields["took_s"])
 
     def draw_curves(self) -> None:
         """Losses over steps, as a figure of the run."""
@@ -95,8 +106,8 @@ class Follower:
             self._curves.setdefault(name, {})[step] = value
         self.final |= values
         self.step = step
-        self.run.metrics(step, values)
         if not old:
+            self.run.metrics(step, values)
             eta_s = (plan.steps - step) * values["step_s"]
             log.info(
                 "step %d/%d | loss %.4f | dt %.0f ms | %.1f samples/s | mfu %.0f%% | data wait %.0f%% | eta %s",

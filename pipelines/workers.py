@@ -1,10 +1,13 @@
 """A training's workers on Ray Train: how many, what each runs, when they start again, what is said when they don't."""
 
+import contextlib
 import logging
 import math
 import os
+import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from pipelines.jobs import Job
 
 REFUSED = "refused.txt"
+SAMPLE_S = 15.0
+"""Between two looks at how busy a node is."""
 
 
 def starting_step(job: "Job") -> int:
@@ -70,7 +75,7 @@ def fit(job: "Job") -> None:
     many: int | tuple[int, int] = (config.min_workers, config.workers) if config.min_workers else config.workers
     trainer = Trainer(
         _worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "driver": socket.gethostname()},
         torch_config=TorchConfig(backend="nccl" if config.gpu else "gloo", timeout_s=int(config.hang_s)),
         scaling_config=ScalingConfig(
             num_workers=many, use_gpu=config.gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if config.gpu else {})}
@@ -124,6 +129,32 @@ def _time_left() -> float | None:
     return info.deadline_ms / 1000 - time.time() if info.deadline_ms else math.inf
 
 
+@contextlib.contextmanager
+def telling_of_node(folder: Path, driver: str, every_s: float = SAMPLE_S) -> Iterator[None]:
+    """Meanwhile a node's first worker says in the journal what its machine is busy with; of the driver's own machine
+    its run tells (`infra.tracking.Run`)."""
+    node, done = socket.gethostname(), threading.Event()
+    if os.environ["LOCAL_RANK"] != "0" or node == driver:
+        yield
+        return
+
+    def tell() -> None:
+        from infra.tracking import Machine
+        from pipelines.loop import Journal
+
+        machine, journal = Machine(), Journal(folder)
+        while not done.wait(every_s):
+            journal.write(node=node, **machine.sample())
+
+    teller = threading.Thread(target=tell, name="node", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+
+
 def _worker(arguments: dict[str, Any]) -> None:
     """What each of Ray Train's workers runs."""
     job: Job = arguments["job"]
@@ -147,7 +178,8 @@ def _worker(arguments: dict[str, Any]) -> None:
         engine = ZeroEngine(build(job), job.config, job.folder, found[1] if found else None)
         shard = ray.train.get_dataset_shard("train")
         batches = iter(shard.iter_batches(batch_size=job.config.micro_batch, batch_format="numpy", prefetch_batches=2))
-        Loop(job, engine, batches, _time_left).run()
+        with telling_of_node(job.folder, arguments["driver"]):
+            Loop(job, engine, batches, _time_left).run()
     except (UserError, ModelError) as error:  # trying again would not help: say it to the driver, and end with the rest
         refused.write_text(str(error))
         raise

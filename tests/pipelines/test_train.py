@@ -208,6 +208,7 @@ def test_past_the_budget_it_rolls_back_to_before_the_first_and_goes_around_them(
     assert json.loads((job.folder / "skipped.json").read_text()) == [first, last]
     said = (job.folder / "progress.jsonl").read_text()
     assert f"rolling back before step {first}, around 2 batches: [{first}, {last}]" in said
+    assert f'"rolled_back": {first}' in said
     assert ("gradient norm" in said) == (factor == 1e4)
     job, _, loop = poisoned_run(settings, bad, factor)
     assert loop.checkpoints.chosen()[1]["step"] == first - first % 2
