@@ -7,13 +7,7 @@ from typing import Any
 
 from infra.artifact import Artifact, resolve
 from infra.config import Home, UserError, digest, to_dict
-from models.config import (
-    ActionsConfig,
-    TokenizerConfig,
-    WorldConfig,
-    config_from_dict,
-    config_to_dict,
-)
+from models.config import ActionsConfig, TokenizerConfig, WorldConfig, config_from_dict, config_to_dict
 from pipelines import feed, quality
 from pipelines.shards import Dataset, open_dataset
 from pipelines.tokenize import check_size
@@ -74,7 +68,7 @@ def plan_job(config: TrainConfig) -> Job:
     tokens = made["tokenizer"].reference if "tokenizer" in made else None
     parts = {role: artifact.path for role, artifact in made.items()}
     if "teacher" in made:
-        model, tokens = config_from_dict(WorldConfig, made["teacher"].config), made["teacher"].parents["tokenizer"]
+        model, tokens = config_from_dict(WorldConfig, made["teacher"].config), _tokenizer_of(made["teacher"], home)
         parts |= {part: made["teacher"].path / part for part in ("tokenizer", "actions")}
     _check_frames(config.stage, model)
     part = model.actions if config.stage == "actions" else model.tokenizer
@@ -119,7 +113,7 @@ def _plan_policy(config: TrainConfig, home: Home, dataset: Dataset) -> Job:
     )
     check_size(dataset, policy.height_px, policy.width_px, "the policy")
     parts = {"actions": made.path / "actions", "world": made.path} if inside else {"actions": made.path}
-    tokens = made.parents["tokenizer"] if actions.source == "tokens" else None
+    tokens = _tokenizer_of(made, home) if actions.source == "tokens" else None
     if tokens:
         parts["tokenizer"] = resolve(home, tokens, kind="tokenizer").path
     source = feed.Source(home=home.path, dataset=dataset.reference, split="train", frames=policy.frames + 1,
@@ -151,6 +145,15 @@ def _upstream(config: TrainConfig, home: Home) -> dict[str, Artifact]:
     return made
 
 
+def _tokenizer_of(made: Artifact, home: Home) -> str:
+    """The tokenizer that a model was trained with; a student's is its teacher's."""
+    if "tokenizer" in made.parents:
+        return made.parents["tokenizer"]
+    if "teacher" not in made.parents:
+        raise UserError(f"{made.reference} does not say which tokenizer it was trained with: name another")
+    return _tokenizer_of(resolve(home, made.parents["teacher"]), home)
+
+
 def _check_frames(stage: str, model: WorldConfig) -> None:
     if stage == "world" and model.actions.frames != model.dynamics.frames:
         raise UserError(
@@ -162,12 +165,11 @@ def _check_frames(stage: str, model: WorldConfig) -> None:
 def _identity(config: TrainConfig, model: WorldConfig, dataset: str, made: Mapping[str, Artifact]) -> str:
     """Digest of what decides the result; folders, workers and how often to look do not."""
     alone = {"tokenizer": model.tokenizer, "actions": model.actions, "policy": config.policy}
-    parts = [alone.get(config.stage, model)]
     order = config.feed
     return digest(
         {
             "stage": config.stage,
-            "model": [config_to_dict(part) for part in parts],
+            "model": [config_to_dict(alone.get(config.stage, model))],
             "dataset": dataset,
             "parents": {role: artifact.fingerprint for role, artifact in made.items()},
             "order": [order.windows_per_clip, order.clips_per_group, order.avoid_cuts],

@@ -14,12 +14,7 @@ from infra.config import Home
 from infra.plan import TrainingPlan
 from models.actions import LatentActionModel
 from models.checkpoint import build_model, load_model, save_model
-from models.config import (
-    DynamicsConfig,
-    PolicyConfig,
-    SamplerConfig,
-    WorldConfig,
-)
+from models.config import DynamicsConfig, PolicyConfig, SamplerConfig, WorldConfig
 from models.cost import ModelConfig, cost, on_meta, quality_cost
 from models.dynamics import Dynamics
 from models.fewstep import Distillation

@@ -106,6 +106,8 @@ def test_a_distilled_world_stands_on_its_teacher_and_continues_bit_by_bit(place)
     assert weights == again
     assert {f for f in weights if weights[f] != taught[f]} == {"dynamics/model.safetensors"}
     assert train(replace(whole, few_steps=3)).reference == "whole@v2"
+    third = train(replace(whole, name="third", teacher="whole", few_steps=2, teacher_steps=3))
+    assert third.parents["teacher"] == "whole@v2"  # whose tokenizer is that of its own teacher
 
 
 def test_one_run_in_mlflow_survives_a_restart_with_all_that_it_says(place):
