@@ -289,7 +289,9 @@ def stream(source: Samplable, schedule: Schedule, step: int, copies: int = 1) ->
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.custom_execution_callback_classes = cast(Any, [Pace])  # the four methods are its whole interface
-    firsts = [schedule.first_sample(micro) for micro in schedule.remaining(step)]
+    # after the last step there is still a result to write: then the workers start, and leave the last batch unread
+    begin = min(step, schedule.steps - 1)
+    firsts = [schedule.first_sample(micro) for micro in schedule.remaining(begin)]
     each = max(1, math.ceil(len(firsts) / MOST_ROWS))
     rows = [{"firsts": firsts[n : n + each]} for n in range(0, len(firsts), each)]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(

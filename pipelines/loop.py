@@ -184,26 +184,30 @@ class Loop:
         self.engine.model.train()
         if step == 0:
             self._look(0)
-        while step < self.config.steps:
+        stop = False
+        while step < self.config.steps and not stop:
             self._step(step)
             step += 1
             self.meter.steps += 1
-            last = step == self.config.steps
-            telling = last or step % self.config.log_every == 0
-            if telling:
-                self._report(step)
-            asking = not last and (telling or step % self.ask_every == 0)
-            stop, leaving = self._asked(step) if asking else (False, False)
-            if last or stop or leaving or step % self.config.checkpoint_every == 0:
-                self._save(step)
-            if last or (self.config.picture_every and step % self.config.picture_every == 0):
-                self._look(step)
-            if stop:
-                self.writer.wait()
-                return Outcome(step, finished=False)
+            stop = self._after(step)
         self.writer.wait()
-        self._export()
-        return Outcome(step, finished=True)
+        if not stop:
+            self._export()
+        return Outcome(step, finished=not stop)
+
+    def _after(self, step: int) -> bool:
+        """What is due after a step: progress, a checkpoint, pictures; says whether to stop here."""
+        config, last = self.config, step == self.config.steps
+        telling = last or step % config.log_every == 0
+        if telling:
+            self._report(step)
+        asking = not last and (telling or step % self.ask_every == 0)
+        stop, leaving = self._asked(step) if asking else (False, False)
+        if last or stop or leaving or step % config.checkpoint_every == 0:
+            self._save(step)
+        if last or (config.picture_every and step % config.picture_every == 0):
+            self._look(step)
+        return stop
 
     def _resume(self) -> int:
         engine, config = self.engine, self.config

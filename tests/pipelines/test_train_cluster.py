@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,16 @@ def test_a_killed_worker_changes_nothing(place, ray_cluster, caplog):
     assert made.files.keys() >= {"model.safetensors", "config.json"}
     assert "step 16/16 | loss" in caplog.text and "data wait" in caplog.text
     assert f"continued at step {starts[1]} with 2 workers" in caplog.text
+
+
+def test_a_death_between_the_last_checkpoint_and_the_result_is_survived(place, ray_cluster):
+    settings = config(place, name="late", workers=2)
+    job = plan_job(settings)
+    run_ranks([(settings, None)])
+    shutil.rmtree(job.folder / "result")
+    made = train(settings)
+    assert [line["at"] for line in journal(job) if "pid" in line] == [0, 6]
+    assert made.files.keys() >= {"model.safetensors", "config.json"}
 
 
 def test_two_workers_that_share_every_matrix_are_given_the_same_samples(place, ray_cluster):
