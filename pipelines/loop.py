@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -384,4 +385,10 @@ class Loop:
 
     def _export(self) -> None:
         weights = self._weights()
-        self._together(lambda: export(self.job, weights, self.job.folder / RESULT))
+        result = self.job.folder / RESULT
+
+        def write() -> None:
+            shutil.rmtree(result, ignore_errors=True)  # what a start before left half-written
+            export(self.job, weights, result)
+
+        self._together(write)
