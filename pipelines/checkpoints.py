@@ -186,6 +186,29 @@ class Writer:
             self._failed = error
 
 
+def one_works(work: Callable[[], object], mine: bool, done: Path, barrier: Callable[[], object]) -> None:
+    """Work of one process while the others wait on a file, as long as it takes: in a collective they would be taken as
+    hung after `--hang-s`, and an 11B world's files take longer than that.
+
+    Args:
+        work: what one of them does.
+        mine: whether that is this process.
+        done: a file that all of those who wait see.
+        barrier: all processes wait for each other.
+    """
+    if mine:
+        done.unlink(missing_ok=True)
+    barrier()
+    if mine:
+        work()
+        done.touch()
+    while not done.exists():  # the death of the one who works ends them all
+        time.sleep(0.05)
+    barrier()
+    if mine:
+        done.unlink()
+
+
 @contextlib.contextmanager
 def at_hand(path: Path, first: bool, barrier: Callable[[], None]) -> Iterator[Path]:
     """A checkpoint as local files for the time of the block: what lies in an object store is fetched once a node.
@@ -199,14 +222,16 @@ def at_hand(path: Path, first: bool, barrier: Callable[[], None]) -> Iterator[Pa
         yield path
         return
     room = Path(tempfile.gettempdir()) / f"lampworks-{os.getuid()}-{path.parent.name}-{path.name}"
-    if first:
+
+    def fetch() -> None:
         shutil.rmtree(room, ignore_errors=True)
         room.mkdir(mode=0o700)
         fs.copy_files(path.key, str(room), source_filesystem=path.system)
         fault = _verified(room)[1]
         if fault is not None:
             raise OSError(f"{path} was not fetched well: {fault}")
-    barrier()
+
+    one_works(fetch, first, room / ".done", barrier)
     yield room
     barrier()
     if first:

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from infra.memory import keep_freed_memory
 from models.cost import ceiling_flops, memory_bytes
 from models.quantizer import Codebook
-from pipelines.checkpoints import Checkpoints, Writer, at_hand
+from pipelines.checkpoints import Checkpoints, Writer, at_hand, one_works
 from pipelines.feed import Batch, Schedule
 from pipelines.jobs import Job
 from pipelines.progress import PROGRESS
 from pipelines.spikes import Watch, read_skipped, write_skipped
-from pipelines.stages import export, look
+from pipelines.stages import export, look, look_flops
 from pipelines.train_config import OptimizerConfig
 from pipelines.zero import Engine, in_host_memory
 
@@ -41,6 +41,8 @@ ASK_S = 2.0
 """How often a loop looks whether it should stop."""
 LAST_S = 15.0
 """So long before a node goes, a last checkpoint is written."""
+LOOK_S = 120.0
+"""Pictures that would take longer than this are left out: every worker waits for them."""
 INPUTS = ("frames", "tokens", "key", "label", "weight")
 """What models take of a batch."""
 RESULT = "result"
@@ -353,11 +355,8 @@ class Loop:
             dist.barrier()
 
     def _together(self, work: Callable[[], object]) -> None:
-        """Work of rank 0 between two barriers."""
-        self._barrier()
-        if self.engine.rank == 0:
-            work()
-        self._barrier()
+        """Work of rank 0 that the others wait for."""
+        one_works(work, self.engine.rank == 0, self.job.folder / "rank-0.done", self._barrier)
 
     def _weights(self) -> dict[str, Tensor]:
         weights = self.engine.weights()
@@ -366,13 +365,18 @@ class Loop:
         return weights
 
     def _look(self, step: int) -> None:
-        """Pictures of what the model does by now."""
+        """Pictures of what the model does by now; rank 0 draws them on its processor while the others wait."""
         if not self.config.picture_every:
             return
         weights = self._weights()
-        if self.engine.rank == 0:
+
+        def draw() -> None:
             from pipelines.figures import png
 
+            took_s = look_flops(self.job) / ceiling_flops("cpu")
+            if took_s > LOOK_S:
+                self.journal.event(f"no pictures at step {step}: they would take {took_s / 60:.0f} minutes or more")
+                return
             folder = self.job.folder / "pictures"
             folder.mkdir(exist_ok=True)
             shown, measured = look(self.job, weights)
@@ -381,6 +385,8 @@ class Loop:
                 path.write_bytes(png(picture))
                 self.journal.write(picture=str(path))
             self.journal.write(looked=step, **measured)
+
+        self._together(draw)
         self.meter.began = time.perf_counter() if not self.meter.steps else self.meter.began
 
     def _export(self) -> None:

@@ -13,8 +13,8 @@ from typing_extensions import override
 from infra.config import Home
 from infra.plan import TrainingPlan
 from models.actions import LatentActionModel
-from models.checkpoint import build_model, load_model, save_model
-from models.config import DynamicsConfig, PolicyConfig, SamplerConfig, WorldConfig
+from models.checkpoint import build_model, load_model, read_json, save_model
+from models.config import DynamicsConfig, PolicyConfig, SamplerConfig, WorldConfig, config_from_dict
 from models.cost import ModelConfig, cost, on_meta, quality_cost
 from models.dynamics import Dynamics
 from models.fewstep import Distillation
@@ -25,7 +25,7 @@ from models.tokenizer import Tokenizer
 from models.world import CoTraining, World
 from pipelines import feed, figures, quality
 from pipelines.agent import agreement, play
-from pipelines.jobs import Job
+from pipelines.jobs import KINDS, Job
 from pipelines.measures import frame_psnr
 from pipelines.shards import open_dataset
 from pipelines.tensor import split_parameters
@@ -117,6 +117,23 @@ def export(job: Job, weights: Mapping[str, Tensor], folder: Path) -> None:
             "test"
         ]
         quality.examine(job.source, test, model, folder)
+
+
+def look_flops(job: Job) -> float:
+    """Operations that `look` takes, nearly all of them for frames that dynamics draw."""
+    config, model = job.config, job.model
+    if config.stage == "tokenizer":
+        return PICTURE_ROWS * model.tokenizer.frames * cost(model.tokenizer).forward_flops
+    if KINDS[config.stage] == "world":
+        return (2 * PROMPTS * DELTA_FRAMES + model.dynamics.actions * PICTURE_FRAMES) * _frame_flops(model.dynamics)
+    if config.stage == "policy" and "world" in job.parts:
+        card = read_json(job.parts["world"] / "dynamics" / "config.json")
+        return PICTURE_ROWS * PICTURE_FRAMES * _frame_flops(config_from_dict(DynamicsConfig, card["config"]))
+    return 0.0
+
+
+def _frame_flops(dynamics: DynamicsConfig) -> float:
+    return (PREVIEW.steps + 1) * cost(dynamics).cached_flops
 
 
 def look(job: Job, weights: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray], dict[str, float]]:

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from infra.config import UserError
 from pipelines import tensor
+from pipelines.checkpoints import one_works
 from pipelines.train_config import OptimizerConfig, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -291,10 +292,12 @@ class ZeroEngine(Engine):
 
     def _universal(self, folder: Path) -> Path:
         target = self.folder / f"universal-{folder.name}"
-        if self.rank == 0:
+
+        def convert() -> None:
             shutil.rmtree(target, ignore_errors=True)
             to_universal(folder, target)
-        dist.barrier()
+
+        one_works(convert, self.rank == 0, target.with_name(f"{target.name}.done"), dist.barrier)
         return target
 
     @override

@@ -11,8 +11,10 @@ from infra.config import UserError
 from models.checkpoint import load_model
 from models.config import PolicyConfig, SamplerConfig
 from models.policy import Policy
+from pipelines import loop
 from pipelines.agent import agreement, play
 from pipelines.jobs import plan_job
+from pipelines.stages import look_flops
 from pipelines.train import train
 from tests.pipelines import ring
 from tests.pipelines.ranks import config, losses
@@ -57,7 +59,7 @@ def test_an_agent_plays_on_as_the_policy_wants(turner):
         assert np.array_equal(frame.numpy(), played[t])
 
 
-def test_a_policy_takes_its_shape_from_the_world_and_shows_how_it_plays(place):
+def test_a_policy_takes_its_shape_from_the_world_and_shows_how_it_plays(place, monkeypatch):
     world = train(config(place, stage="world", name="world"))
     settings = config(place, stage="policy", actions="world", picture_every=3)
     made = train(settings)
@@ -69,6 +71,10 @@ def test_a_policy_takes_its_shape_from_the_world_and_shows_how_it_plays(place):
     looked = [line for line in map(json.loads, (folder / "progress.jsonl").open()) if "looked" in line]
     assert all(0 <= line["held_out/accuracy"] <= 1 and line["held_out/commonest"] > 0 for line in looked)
     assert losses(folder, "accuracy").keys() == set(range(1, 7))
+    monkeypatch.setattr(loop, "ceiling_flops", lambda device: look_flops(plan_job(settings)) / 7200)
+    train(replace(settings, name="slow"))
+    told = (plan_job(replace(settings, name="slow")).folder / "progress.jsonl").read_text()
+    assert "no pictures at step 3: they would take 120 minutes or more" in told and "looked" not in told
     assert train(replace(settings, policy=replace(settings.policy, frames=2))).reference == "policy@v2"
 
 

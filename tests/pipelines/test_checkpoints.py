@@ -9,7 +9,7 @@ import time
 import pytest
 
 from infra.config import UserError
-from pipelines.checkpoints import Checkpoints, Writer, at_hand
+from pipelines.checkpoints import Checkpoints, Writer, at_hand, one_works
 from pipelines.jobs import plan_job
 from pipelines.train import train
 from pipelines.train_config import KeepConfig
@@ -84,13 +84,30 @@ def test_rank_0_waits_for_the_slowest_rank(tmp_path, monkeypatch):
         kept.commit({"step": 10, "world": 3})
 
 
+def test_one_may_work_longer_than_others_would_wait_in_a_collective(tmp_path):
+    done, told = tmp_path / "done", []
+    done.touch()  # of a start that was killed
+    together = threading.Barrier(2, timeout=0.3)
+
+    def rank(mine):
+        one_works(lambda: (time.sleep(1.0), told.append("worked")), mine, done, together.wait)
+        told.append("on")
+
+    ranks = [threading.Thread(target=rank, args=(mine,)) for mine in (True, False)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join(20)
+    assert told == ["worked", "on", "on"] and not done.exists()
+
+
 def test_files_of_a_bucket_are_at_hand_for_a_while(tmp_path, target):
     kept = Checkpoints(tmp_path / "job", KeepConfig(to=target))
     write(kept, 10)
     waited = []
     with at_hand(kept.path(10), True, lambda: waited.append(1)) as folder:
         assert (folder / "state/part-0").read_text() == "whole"
-    assert folder.exists() == (target is None) and len(waited) == (0 if target is None else 2)
+    assert folder.exists() == (target is None) and len(waited) == (0 if target is None else 3)
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, endpoint):
