@@ -120,7 +120,8 @@ def test_a_driver_killed_at_random_steps_goes_on_by_the_same_command(place, stag
         when(job, step, process.kill)
         if step == third:
             when(job, second, lambda: kill_worker(job))
-        assert process.wait(300) == -signal.SIGKILL
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, said
     train(settings)
     starts = [line["at"] for line in journal(job) if "pid" in line]
     assert starts[0] == 0 and len(starts) >= 3
