@@ -19,6 +19,7 @@ from pipelines.spikes import read_skipped
 if TYPE_CHECKING:
     import ray.data
 
+    from pipelines.elastic import Trainer
     from pipelines.jobs import Job
 
 REFUSED = "refused.txt"
@@ -56,10 +57,8 @@ def fit(job: "Job") -> None:
     """
     import ray.train
     from ray.data import ExecutionOptions
-    from ray.exceptions import RayError
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     from pipelines.elastic import Trainer
 
@@ -91,11 +90,27 @@ def fit(job: "Job") -> None:
         datasets={"train": _remaining(job)},
     )
     trainer.shares = config.batch // config.micro_batch
-    try:
-        trainer.fit()
-    except (TrainingFailedError, RayError) as error:  # of workers, or of the one that looks after them
-        if not (job.folder / REFUSED).exists():
+    _fit(trainer, job)
+
+
+def _fit(trainer: "Trainer", job: "Job") -> None:
+    from ray.exceptions import RayError
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from pipelines.loop import Journal
+
+    for left in reversed(range(job.config.max_failures + 1)):
+        try:
+            trainer.fit()
+            return
+        except TrainingFailedError as error:
+            if (job.folder / REFUSED).exists():
+                return
             raise sentence(job, error) from error
+        except RayError as error:  # the workers' controller died, with which they go; Ray Train starts no other
+            if not left:
+                raise sentence(job, error) from error
+            Journal(job.folder).event(f"the controller of the workers died ({type(error).__name__}): starting again")
 
 
 def sentence(job: "Job", error: Exception) -> UserError:

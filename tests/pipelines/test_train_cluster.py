@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from pipelines.checkpoints import Checkpoints
@@ -59,6 +60,24 @@ def test_a_killed_worker_changes_nothing(place, ray_cluster, caplog):
     assert made.files.keys() >= {"model.safetensors", "config.json"}
     assert "step 16/16 | loss" in caplog.text and "data wait" in caplog.text
     assert f"continued at step {starts[1]} with 2 workers" in caplog.text
+
+
+def test_a_killed_controller_is_replaced(place, ray_cluster):
+    """The actor of Ray Train that looks after the workers; they go with it."""
+    settings = config(place, name="led", workers=2, steps=40, checkpoint_every=4)
+    job = plan_job(settings)
+
+    def kill():
+        ours = psutil.Process().children(recursive=True)
+        [led] = [p for p in ours if p.is_running() and "".join(p.cmdline()).startswith("ray::TrainController")]
+        led.kill()
+
+    when(job, 6, kill)
+    train(settings)
+    starts = [line["at"] for line in journal(job) if "pid" in line]
+    assert len(starts) == 2 and starts[1] >= 4
+    assert any("the controller of the workers died" in line.get("event", "") for line in journal(job))
+    assert still_equal(settings)
 
 
 def test_a_death_between_the_last_checkpoint_and_the_result_is_survived(place, ray_cluster):
