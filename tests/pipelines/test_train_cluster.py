@@ -62,6 +62,7 @@ def test_a_killed_worker_changes_nothing(place, ray_cluster, caplog):
     assert f"continued at step {starts[1]} with 2 workers" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_killed_controller_is_replaced(place, ray_cluster):
     """The actor of Ray Train that looks after the workers; they go with it."""
     settings = config(place, name="led", workers=2, steps=40, checkpoint_every=4)
@@ -92,6 +93,7 @@ def test_a_death_between_the_last_checkpoint_and_the_result_is_survived(place, r
     assert made.files.keys() == {"model.safetensors", "config.json"}
 
 
+@pytest.mark.slow
 def test_two_workers_that_share_every_matrix_are_given_the_same_samples(place, ray_cluster):
     """The loop checks the samples; the losses are those of one process."""
     group, plain = config(place, name="group", workers=2, tensor=2), config(place, name="plain")
