@@ -336,8 +336,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _rewound(said: Mapping[str, int], step: int) -> dict[str, int]:
-    """What was last said of a training that goes back to this step; its machines only go on."""
-    return {name: min(last, step) for name, last in said.items() if not name.startswith("system/")}
+    """What was last said of a training that goes back to this step; its machines only go on.
+
+    Of a copy, as the thread that samples the machine may add names meanwhile.
+    """
+    return {name: min(last, step) for name, last in list(said.items()) if not name.startswith("system/")}
 
 
 def _sent(folder: Path) -> tuple[str | None, int]:

@@ -206,7 +206,7 @@ def one_works(work: Callable[[], object], mine: bool, done: Path, barrier: Calla
         time.sleep(0.05)
     barrier()
     if mine:
-        done.unlink()
+        done.unlink(missing_ok=True)  # workers of a start before may still be ending
 
 
 @contextlib.contextmanager

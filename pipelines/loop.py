@@ -128,7 +128,7 @@ class Meter:
         held[engine.rank] = memory_bytes(engine.device)
         row = mean(torch.cat([torch.stack([v.float().reshape(()) for v in own]), held]), engine)
         self.__init__()
-        values = dict(zip([*names, "data_wait_s", "step_s"], row.tolist(), strict=False))
+        values = dict(zip([*names, "data_wait_s", "step_s"], row[: len(own)].tolist(), strict=True))
         return {**values, "memory_bytes": engine.world * float(row[len(own) :].max())}
 
 
@@ -172,6 +172,7 @@ class Loop:
         self.losses: list[float] = []
         self.average: Average | None = None
         self.saved, self.ask_every, self.warned = -1, 1, math.inf
+        self.drawing = False
 
     def run(self) -> Outcome:
         """Trains to the last step, or until the stop file says otherwise.
@@ -185,6 +186,7 @@ class Loop:
         self.journal.write(pid=os.getpid(), host=socket.gethostname(), world=self.engine.world, at=step)
         self.journal.write(ceiling_flops=ceiling_flops(self.engine.device))
         self.engine.model.train()
+        self.drawing = self._draws()
         if step == 0:
             self._look(0)
         stop = False
@@ -211,6 +213,16 @@ class Loop:
         if last or (config.picture_every and step % config.picture_every == 0):
             self._look(step)
         return stop
+
+    def _draws(self) -> bool:
+        """Whether pictures are wanted and rank 0 can draw them in reasonable time. A collective; rank 0 decides."""
+        if not self.config.picture_every:
+            return False
+        took_s = look_flops(self.job) / ceiling_flops("cpu") if self.engine.rank == 0 else 0.0
+        took_s = self.engine.world * float(mean(torch.tensor(took_s, device=self.engine.device), self.engine))
+        if took_s > LOOK_S:
+            self.journal.event(f"no pictures: on this processor they would take {took_s / 60:.0f} minutes or more")
+        return took_s <= LOOK_S
 
     def _resume(self) -> int:
         engine, config = self.engine, self.config
@@ -366,17 +378,13 @@ class Loop:
 
     def _look(self, step: int) -> None:
         """Pictures of what the model does by now; rank 0 draws them on its processor while the others wait."""
-        if not self.config.picture_every:
+        if not self.drawing:
             return
         weights = self._weights()
 
         def draw() -> None:
             from pipelines.figures import png
 
-            took_s = look_flops(self.job) / ceiling_flops("cpu")
-            if took_s > LOOK_S:
-                self.journal.event(f"no pictures at step {step}: they would take {took_s / 60:.0f} minutes or more")
-                return
             folder = self.job.folder / "pictures"
             folder.mkdir(exist_ok=True)
             shown, measured = look(self.job, weights)

@@ -134,7 +134,7 @@ def genie_11b_training() -> TrainConfig:
         precision="bf16",
         gpu=True,
         workers=64,
-        picture_every=0,  # rank 0 would draw them on its processor, for hours
+        picture_every=5000,
         feed=FeedConfig(readers=64),
     )
 

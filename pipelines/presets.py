@@ -120,11 +120,6 @@ def demo_policy() -> PolicyConfig:
     return PolicyConfig(patch=8, frames=4, transformer=_small(6, 96, 4))
 
 
-def tiny_policy() -> PolicyConfig:
-    """To see that every step works."""
-    return PolicyConfig(patch=16, frames=3, transformer=_small(2, 32, 3))
-
-
 # -- paths -------------------------------------------------------------------------------------------------------
 
 

@@ -145,7 +145,7 @@ def look(job: Job, weights: Mapping[str, Tensor]) -> tuple[dict[str, np.ndarray]
         picture = figures.sheet([row for pair in zip(frames, shown, strict=True) for row in pair])
         return {"reconstructions": picture}, {"held_out/psnr_db": float(frame_psnr(frames, shown).mean())}
     if isinstance(model, WithActions) and isinstance(model.learner, Policy):
-        return _played(job, model.learner), agreement(model.learner, *_watched(job))
+        return _played(job, model.learner), agreement(model.learner, *watched(job))
     if isinstance(model, (CoTraining, WithActions)):
         world = _world(job, model)
         return {"actions": _one_row_per_action(job, world)}, {"held_out/dpsnr_db": _delta_psnr(job, world)}
@@ -172,7 +172,7 @@ def held_out(job: Job, count: int, frames: int) -> np.ndarray:
     return feed.windows(home, reference, split, frames, count, seed=0)
 
 
-def _watched(job: Job) -> tuple[np.ndarray, np.ndarray]:
+def watched(job: Job) -> tuple[np.ndarray, np.ndarray]:
     """Held-out frames (B,T,H,W,3), and what was done after the last of each."""
     frames = held_out(job, WATCHED, job.source.frames)
     shown = torch.from_numpy(frames)

@@ -94,7 +94,7 @@ def fit(job: "Job") -> None:
 
 
 def _fit(trainer: "Trainer", job: "Job") -> None:
-    from ray.exceptions import RayError
+    from ray.exceptions import RayActorError, RayError
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from pipelines.loop import Journal
@@ -103,12 +103,11 @@ def _fit(trainer: "Trainer", job: "Job") -> None:
         try:
             trainer.fit()
             return
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayError) as error:
             if (job.folder / REFUSED).exists():
                 return
-            raise sentence(job, error) from error
-        except RayError as error:  # the workers' controller died, with which they go; Ray Train starts no other
-            if not left:
+            # when the workers' controller dies they go with it, and Ray Train starts no other
+            if not left or not isinstance(error, RayActorError):
                 raise sentence(job, error) from error
             Journal(job.folder).event(f"the controller of the workers died ({type(error).__name__}): starting again")
 

@@ -12,13 +12,17 @@ from dataclasses import replace
 
 import numpy as np
 
+from models.config import PolicyConfig, TransformerConfig
 from pipelines.checkpoints import Checkpoints
 from pipelines.jobs import plan_job
-from pipelines.presets import tiny_policy, tiny_world
+from pipelines.presets import tiny_world
 from pipelines.train_config import FeedConfig, OptimizerConfig, TrainConfig
 
 FEED = FeedConfig(windows_per_clip=2, clips_per_group=3)
 OPTIMIZER = OptimizerConfig(lr=1e-3, final_lr=1e-4, warmup_steps=2)
+POLICY = PolicyConfig(
+    patch=16, frames=3, transformer=TransformerConfig(layers=2, width=32, heads=4, head_size=8, window=3)
+)
 STAGES = ("tokenizer", "actions", "dynamics", "world", "policy")
 EACH = [(STAGES[seed % 5], 1 + seed % 3, seed) for seed in range(15)]
 """Every stage at ZeRO 1, 2 and 3, each with a seed of its own."""
@@ -26,7 +30,7 @@ EACH = [(STAGES[seed % 5], 1 + seed % 3, seed) for seed in range(15)]
 
 def config(home, **changes):
     """A training of seconds."""
-    base = TrainConfig(home=home.path, dataset="toys", model=tiny_world(), policy=tiny_policy(), steps=6, batch=8,
+    base = TrainConfig(home=home.path, dataset="toys", model=tiny_world(), policy=POLICY, steps=6, batch=8,
                        micro_batch=4, feed=FEED, optimizer=OPTIMIZER, log_every=1, picture_every=0, workers=0,
                        checkpoint_every=2)  # fmt: skip
     return replace(base, **changes)

@@ -37,7 +37,8 @@ def footage(count: int, frames: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     return np.stack([[wide[:, BLOCK * p : BLOCK * p + SIZE] for p in row] for row in places]), keys
 
 
-def _transformer(layers: int, attention: str = "st") -> TransformerConfig:
+def transformer(layers: int, attention: str = "st") -> TransformerConfig:
+    """A small one that sees the whole window."""
     return TransformerConfig(layers=layers, width=48, heads=2, head_size=16, attention=attention, window=FRAMES)
 
 
@@ -45,15 +46,16 @@ def models() -> tuple[Tokenizer, LatentActionModel, Dynamics]:
     """Fresh models for the ring."""
     torch.manual_seed(0)
     shape = {"height_px": SIZE, "width_px": SIZE, "patch": BLOCK, "frames": FRAMES}
-    one = _transformer(1, "none")
+    one = transformer(1, "none")
     codes, actions = CodebookConfig(size=16, dim=8), CodebookConfig(size=3, dim=8, warmup_share=0.4)
     tokenizer = TokenizerConfig(**shape, encoder=one, decoder=one, codebook=codes)
-    latent = ActionsConfig(**shape, encoder=_transformer(2), decoder=_transformer(2), codebook=actions)
-    dynamics = DynamicsConfig(rows=4, columns=4, vocabulary=16, actions=3, frames=FRAMES, transformer=_transformer(4))
+    latent = ActionsConfig(**shape, encoder=transformer(2), decoder=transformer(2), codebook=actions)
+    dynamics = DynamicsConfig(rows=4, columns=4, vocabulary=16, actions=3, frames=FRAMES, transformer=transformer(4))
     return Tokenizer(tokenizer), LatentActionModel(latent), Dynamics(dynamics)
 
 
-def _fit(model: torch.nn.Module, steps: int, loss_of, lr: float = 3e-3) -> None:
+def fit(model: torch.nn.Module, steps: int, loss_of, lr: float = 3e-3) -> None:
+    """Trains on what `loss_of(step)` gives, and leaves the model ready for use."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.9))
     model.train()
     for step in range(steps):
@@ -92,9 +94,9 @@ def trained() -> World:
         known = {"tokens": tokenizer.encode(frames), "actions": keys, "key": torch.arange(16) + 16 * step}
         return dynamics(known)[0]
 
-    _fit(tokenizer, 160, tokenizer_loss)
-    _fit(latent, 80, latent_loss)
-    _fit(dynamics, 300, dynamics_loss, 4e-3)
+    fit(tokenizer, 160, tokenizer_loss)
+    fit(latent, 80, latent_loss)
+    fit(dynamics, 300, dynamics_loss, 4e-3)
     return World(tokenizer, latent, dynamics)
 
 

@@ -31,7 +31,9 @@ def lost_at(place, what, step, **changes):
 def goes_on_after(lines, moment):
     """Seconds until the first step of the workers that were started after this moment was told of."""
     start = next(line["time_s"] for line in lines if "pid" in line and line["time_s"] > moment)
-    return next(line["time_s"] for line in lines if "step" in line and line["time_s"] > start) - moment
+    took_s = next(line["time_s"] for line in lines if "step" in line and line["time_s"] > start) - moment
+    sys.stdout.write(f"steps again after {took_s:.0f} s\n")  # pytest -rP shows it
+    return took_s
 
 
 @pytest.mark.parametrize(
